@@ -1,0 +1,32 @@
+"""Record `sparseland bench` of every op: python benchmarks/cpu_ops.py --out FILE.json [--ops a,b]"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from sparseland.bench import BENCHMARKS, run
+from sparseland.machine import machine, now, versions
+from sparseland.recipe import write_atomically
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--out", type=Path, required=True)
+parser.add_argument("--ops", default=",".join(BENCHMARKS))
+options = parser.parse_args()
+
+result = {
+    "command": "python " + " ".join(sys.argv),
+    "date": now(),
+    "machine": machine(),
+    "versions": versions(),
+    "threads": torch.get_num_threads(),
+    "inputs": "q, k, v of SmolLM2-135M-Instruct on the Python documentation; weights of sparse_gemv random",
+    "rows": [],
+}
+for op in options.ops.split(","):
+    for row in run(op):
+        result["rows"].append(row)
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+write_atomically(options.out, json.dumps(result, indent=1).encode())

@@ -1,0 +1,347 @@
+"""Double Sparsity: guess each cached token's weight from a few channels of its key, read the best ones.
+
+Yang, Sheng, Gonzalez, Stoica, Zheng: *Post-Training Sparse Attention with Double Sparsity* (2024).
+
+Offline, rank the channels of every head by their mean magnitude on calibration text. While decoding,
+keep a *label* of each cached key, its first ``C`` ranked channels in a few bits. Per step and query head::
+
+    s_hat = label(q) · label(K)^T          C of D channels, every token
+    I     = top-k(s_hat)                   the newest token competes like any other, no forced window
+    out   = softmax(q · K[I]^T scale) V[I]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from sparseland.errors import SparselandError
+from sparseland.method import AttentionInputs, Calibration, Card, SelectMethod, SelectState, param
+
+# The authors cut their calibration text into blocks of this many tokens.
+CALIBRATION_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class DoubleSparsity(SelectMethod):
+    """Top-k tokens by a few channels of few bits; calibration ranks the channels."""
+
+    card: ClassVar[Card] = Card(
+        slug="double-sparsity",
+        title="Post-Training Sparse Attention with Double Sparsity",
+        paper="Yang et al. 2024, arXiv 2408.07092",
+        site="cache",
+        training="calibration",
+        summary="reads only the top cached tokens, found by a few calibrated channels of each key in 4 bits",
+        claims=(
+            "1/16 token and 1/16 channel sparsity (D/4 channels in 4 bits) with minimal loss in perplexity, "
+            "key-value retrieval and long-context tasks (Llama-2-7B/70B, Mixtral-8x7B)",
+            "up to 14.1x faster attention and 1.9x faster decoding end to end on GPUs",
+        ),
+        deviations=(
+            "all three channel statistics are averaged over the whole calibration text; the authors' script "
+            "keeps only the last block's query-key statistic",
+            "channels are ranked by mean |q k| by default, which kept the most attention mass of all on "
+            "SmolLM2; the paper picks a metric per model, the authors' scripts use |q|",
+            "key labels are really packed into their bits; the query's label, which nothing stores, is not "
+            "rounded (the authors' accuracy code rounds both)",
+            "the token budget is a fraction of the cache with a floor; the authors' code fixes a number",
+            "group=mean and group=max (one selection per key head) are ours; the paper's is per query head",
+        ),
+        limits=(
+            "the whole cache stays in memory, labels come on top",
+            "a token that differs only in channels outside the label is not found",
+            "with grouped queries, labels per query head cost group times the bytes of labels per key head",
+        ),
+    )
+
+    budget: float = param(1 / 16, "fraction of the cached tokens that each step reads", gt=0, le=1)
+    min_tokens: int = param(128, "read at least this many tokens (the authors' 1/16 of 2048)", ge=1)
+    channels: float = param(1 / 4, "fraction of the head's channels kept in the label", gt=0, le=1)
+    bits: int = param(4, "bits per label channel: 2, 4, 8, or 16 for the model's own precision", ge=2, le=16)
+    metric: str = param(
+        "qk",
+        "statistic that ranks channels: mean |q|, mean |k|, or mean |q k| after RoPE",
+        choices=("q", "k", "qk"),
+    )
+    group: str = param(
+        "head",
+        "select per query head, or per key head by the mean or max score of its query heads",
+        choices=("head", "mean", "max"),
+    )
+    dense_layers: int = param(2, "the first layers read everything (the authors' accuracy code: 2)", ge=0)
+    min_length: int = param(256, "shorter caches are read whole: selecting would save too little", ge=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits not in (2, 4, 8, 16):
+            raise SparselandError(
+                f"double-sparsity: bits={self.bits} is not allowed; it must be 2, 4, 8 or 16"
+            )
+
+    @classmethod
+    def grid(cls, length: int) -> list[Self]:
+        """The paper's setting; unrounded labels, which cost bytes but no unpacking; twice the tokens."""
+        return [cls(bits=16), cls(), cls(budget=1 / 8, bits=16)]
+
+    @classmethod
+    def full_budget(cls, length: int) -> Self:
+        return cls(budget=1.0)
+
+    # --------------------------------------------------------- calibration
+
+    @property
+    def calibration_key(self) -> str:
+        return self.card.slug  # the statistics serve every setting
+
+    def calibrate(self, model: nn.Module, ids: Int[Tensor, "B N"]) -> Calibration:
+        """Mean magnitude of every channel on ``ids``, read in blocks of 512 tokens.
+
+        Tensors ``layer.<i>.q [Hq, D]``, ``layer.<i>.k [Hkv, D]`` and ``layer.<i>.qk [Hq, D]``, float32. They
+        do not depend on this method's parameters, so one calibration serves every setting. As in the
+        authors' code, ``q`` and ``k`` are read before RoPE (the projections' outputs) and ``qk`` after it.
+        Where a model has no separate projections, or normalises their output per channel, ``q`` and ``k``
+        are read after RoPE instead (``meta["position"]`` says which).
+        """
+        from sparseland.models.capture import capture_qkv
+        from sparseland.models.surgery import attention_layers
+
+        layers = attention_layers(model)
+        before_rope = all(_has_plain_projections(layer) for layer in layers.values())
+        sums: dict[str, Tensor] = {}
+        tokens = 0
+
+        def add(name: str, values: Float[Tensor, "N H D"]) -> None:
+            total = values.abs().double().sum(0)
+            sums[name] = sums[name] + total if name in sums else total
+
+        for row in ids:
+            for block in row.split(CALIBRATION_BLOCK):
+                tokens += block.numel()
+                flat: dict[str, Tensor] = {}
+                with _projection_outputs(layers if before_rope else {}, flat.__setitem__):
+                    for x in capture_qkv(model, block[None]):
+                        q, k = x.q[0].transpose(0, 1).float(), x.k[0].transpose(0, 1).float()
+                        name = f"layer.{x.layer}"
+                        add(f"{name}.qk", q * k.repeat_interleave(x.group, 1))
+                        add(f"{name}.q", flat.pop(f"{name}.q").view_as(q) if before_rope else q)
+                        add(f"{name}.k", flat.pop(f"{name}.k").view_as(k) if before_rope else k)
+        if tokens == 0:
+            raise SparselandError("double-sparsity: the calibration text is empty")
+        tensors = {name: (total / tokens).float().cpu() for name, total in sums.items()}
+        return Calibration(
+            {"tokens": tokens, "position": "pre-RoPE" if before_rope else "post-RoPE"}, tensors
+        )
+
+    def _label_channels(self, layer: int, calibration: Calibration | None) -> Int[Tensor, "H C"]:
+        """The layer's label channels, best first: per query head, or per key head where heads share them."""
+        if calibration is None:
+            raise SparselandError("double-sparsity needs a calibration: give apply() some calibration text")
+        statistic = calibration.tensors.get(f"layer.{layer}.{self.metric}")
+        if statistic is None:
+            raise SparselandError(
+                f"double-sparsity: the calibration knows no layer {layer}; it is another model's"
+            )
+        if self.group != "head" and self.metric != "k":
+            kv_heads = calibration.tensors[f"layer.{layer}.k"].shape[0]
+            statistic = torch.unflatten(statistic, 0, (kv_heads, -1)).mean(1)
+        keep = max(1, round(self.channels * statistic.shape[1]))
+        # Stable, so that equal channels keep their order on every machine.
+        return statistic.argsort(dim=-1, descending=True, stable=True)[:, :keep]
+
+    # ------------------------------------------------------------ decoding
+
+    def new_state(self, layer: int, calibration: Calibration | None = None) -> LabelState:
+        channels = None if layer < self.dense_layers else self._label_channels(layer, calibration)
+        return LabelState(channels, self.bits)
+
+    def append(self, state: SelectState, k_new: Float[Tensor, "B Hkv n D"]) -> None:
+        assert isinstance(state, LabelState)
+        if state.channels is not None:
+            state.channels = state.channels.to(k_new.device)  # once: a later step finds it there
+            state.push(_labels(k_new, state.channels))
+
+    def select(
+        self,
+        state: SelectState,
+        x: AttentionInputs,
+        first_key: Int[Tensor, " B"] | None = None,
+    ) -> Int[Tensor, "B H n"] | None:
+        """The top tokens by label score; only shapes of ``x.k`` and ``x.v`` are used, never their values."""
+        assert isinstance(state, LabelState)
+        if state.channels is None:
+            return None
+        length = len(state)
+        columns = self._wanted(length)
+        if first_key is not None:
+            # A shorter row below min_length is read whole, exactly as it would be alone.
+            columns = max(columns, min(length, self.min_length - 1))
+        if columns >= length:
+            return None
+        scores = state.scores(x.q)  # (B, Hq, N)
+        if self.group != "head":
+            scores = torch.unflatten(scores, 1, (x.k.shape[1], x.group))
+            scores = scores.mean(2) if self.group == "mean" else scores.amax(2)
+        if first_key is None:
+            return scores.topk(columns, dim=-1, sorted=False).indices
+        padded = torch.arange(length, device=scores.device) < first_key[:, None]
+        scores = scores.masked_fill(padded[:, None], -torch.inf)
+        # Each row reads what its own length entitles it to: sorted, so that the rest can be cut off.
+        index = scores.topk(columns, dim=-1).indices
+        valid = length - first_key
+        share = (valid.double() * self.budget - 1e-6).ceil().long().clamp(min=self.min_tokens)
+        wanted = torch.where(valid < self.min_length, valid, torch.minimum(share, valid))
+        return index.masked_fill(torch.arange(columns, device=index.device) >= wanted[:, None, None], -1)
+
+    def _wanted(self, length: int) -> int:
+        """Tokens to read of a cache of ``length``."""
+        if length < self.min_length:
+            return length
+        return min(length, max(self.min_tokens, math.ceil(length * self.budget - 1e-6)))
+
+
+class LabelState(SelectState):
+    """Labels of one layer's cached keys: few bits and, per row, the smallest value and the step.
+
+    Args:
+        channels: label channels per query head or per key head, ``[H, C]``; None for a layer that is
+            read whole and keeps no labels.
+        bits: 2, 4 or 8 bits per channel, packed into bytes; 16 keeps the keys' own precision.
+    """
+
+    def __init__(self, channels: Int[Tensor, "H C"] | None, bits: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.bits = bits
+        # (smallest value, step) of each row, in half precision like the authors' labels.
+        self._ranges = SelectState()
+
+    def push(self, new: Float[Tensor, "B H n C"]) -> None:
+        if self.bits == 16:
+            super().push(new)
+            return
+        codes, ranges = quantise(new, self.bits)
+        super().push(pack(codes, self.bits))
+        self._ranges.push(ranges)
+
+    def scores(self, q: Float[Tensor, "B Hq 1 D"]) -> Float[Tensor, "B Hq N"]:
+        """Estimated logits (up to a positive factor per head) of one query over all cached tokens.
+
+        With ``k = low + step * code``, ``q · k = low * sum(q) + step * (q · code)``: the codes are never
+        expanded to keys.
+        """
+        assert self.channels is not None
+        label = torch.unflatten(_labels(q, self.channels)[:, :, 0], 1, (self.channels.shape[0], -1))
+        if self.bits == 16:
+            return torch.flatten(_dot(label, self.rows), 1, 2)
+        dots = _packed_dot(label, self.rows, self.bits)
+        low, step = self._ranges.rows.float().unbind(-1)  # (B, H, N)
+        total = label.float().sum(-1, keepdim=True)  # (B, H, g, 1)
+        return torch.flatten(torch.addcmul(low[:, :, None] * total, step[:, :, None], dots), 1, 2)
+
+    def reorder(self, index: Int[Tensor, " B"]) -> None:
+        super().reorder(index)
+        self._ranges.reorder(index)
+
+    def crop(self, length: int) -> None:
+        super().crop(length)
+        self._ranges.crop(length)
+
+    def nbytes(self) -> int:
+        return super().nbytes() + self._ranges.nbytes()
+
+
+def quantise(
+    x: Float[Tensor, "*rows C"], bits: int
+) -> tuple[UInt8[Tensor, "*rows C"], Float[Tensor, "*rows 2"]]:
+    """Asymmetric rounding of each row to ``2**bits`` levels between its smallest and largest value.
+
+    Returns:
+        codes (uint8), and the row's (smallest value, step) in float16; ``x ≈ smallest + step * code``.
+    """
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    step = (high.float() - low.float()) / (2**bits - 1)
+    ranges = torch.cat([low.float(), torch.where(step == 0, 1.0, step)], dim=-1).half()
+    low, step = ranges[..., :1].float(), ranges[..., 1:].float()
+    # A tiny range can vanish in half precision; its row is then all equal, whatever the codes.
+    codes = ((x.float() - low) / step.clamp(min=2**-24)).round().clamp(0, 2**bits - 1)
+    return codes.to(torch.uint8), ranges
+
+
+def pack(codes: UInt8[Tensor, "*rows C"], bits: int) -> UInt8[Tensor, "*rows bytes"]:
+    """``8 // bits`` codes per byte: byte ``j`` holds channels ``j, j + W, j + 2 W, …`` of ``W`` bytes."""
+    per_byte = 8 // bits
+    codes = F.pad(codes, (0, -codes.shape[-1] % per_byte))
+    planes = torch.unflatten(codes, -1, (per_byte, -1)).unbind(-2)
+    packed = planes[0].clone()
+    for i, plane in enumerate(planes[1:], start=1):
+        packed |= plane << (bits * i)
+    return packed
+
+
+def _packed_dot(
+    q: Float[Tensor, "B H g C"], packed: UInt8[Tensor, "B H N W"], bits: int
+) -> Float[Tensor, "B H g N"]:
+    """``q · code`` of every packed row, one product per bit plane (fp32)."""
+    per_byte = 8 // bits
+    planes = torch.unflatten(F.pad(q, (0, per_byte * packed.shape[-1] - q.shape[-1])), -1, (per_byte, -1))
+    dots = q.new_zeros(*q.shape[:3], packed.shape[2], dtype=torch.float32)
+    for i in range(per_byte):
+        code = (packed >> (bits * i)) & (2**bits - 1) if per_byte > 1 else packed
+        dots += _dot(planes[..., i, :], code)
+    return dots
+
+
+def _dot(q: Float[Tensor, "B H g C"], rows: Float[Tensor, "B H N C"]) -> Float[Tensor, "B H g N"]:
+    """``q · row`` in float32: rounding scores to half precision would tie tokens that differ."""
+    if q.is_cuda and q.dtype != torch.float32:
+        # Half-precision operands with a float32 result: no float32 copy of the rows.
+        keys = rows.to(q.dtype).flatten(0, 1).mT
+        return torch.unflatten(torch.bmm(q.flatten(0, 1), keys, out_dtype=torch.float32), 0, q.shape[:2])
+    return q.float() @ rows.float().mT
+
+
+def _labels(x: Float[Tensor, "B Hx n D"], channels: Int[Tensor, "Hc C"]) -> Float[Tensor, "B H n C"]:
+    """Each head's label channels, ``H = max(Hx, Hc)``: keys per query head, or queries per shared list."""
+    heads = max(x.shape[1], channels.shape[0])
+    x = x.repeat_interleave(heads // x.shape[1], 1) if heads > x.shape[1] else x
+    index = channels.repeat_interleave(heads // channels.shape[0], 0)
+    return x.gather(-1, index[None, :, None].expand(x.shape[0], -1, x.shape[2], -1))
+
+
+def _has_plain_projections(layer: nn.Module) -> bool:
+    """Whether the projections' outputs are the queries and keys before RoPE."""
+    linears = all(isinstance(getattr(layer, name, None), nn.Linear) for name in ("q_proj", "k_proj"))
+    return linears and not any(
+        hasattr(layer, name) for name in ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
+    )
+
+
+@contextmanager
+def _projection_outputs(layers: dict[int, nn.Module], note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Note the outputs of every layer's query and key projections as ``layer.<i>.q`` and ``layer.<i>.k``."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def read(module: nn.Module, args: Any, output: Tensor) -> None:
+            note(name, output[0].float())
+
+        return read
+
+    handles = [
+        getattr(layer, f"{which}_proj").register_forward_hook(hook(f"layer.{index}.{which}"))
+        for index, layer in layers.items()
+        for which in ("q", "k")
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,136 @@
+"""``sparseland frontier``: progress while it runs, the table and the verdict when it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from sparseland.cli import Interrupted
+from sparseland.cli.output import PLAIN_WIDTH, console, emit, print_json
+from sparseland.errors import SparselandError
+from sparseland.method import parse_spec, split_specs
+from sparseland.report.results import Results, read_results
+from sparseland.report.tables import results_table
+from sparseland.report.words import verdict
+
+FILES = ("recipe.json", "report.html", "results.jsonl")
+
+
+def run_frontier(options: dict[str, Any], methods: str, lengths: str, as_json: bool) -> None:
+    """Check what can be checked without the model, run, and print.
+
+    Args:
+        options: fields of ``FrontierOptions`` that need no parsing.
+        methods: comma-separated specs; "" means all.
+        lengths: comma-separated token counts.
+        as_json: print one JSON object and nothing else on stdout.
+
+    Raises:
+        SparselandError: an option is wrong, the model or text can't be used.
+        Interrupted: Ctrl-C; says where the results so far are.
+    """
+    specs = split_specs(methods)
+    for spec in specs:
+        parse_spec(spec)
+    parsed = parse_lengths(lengths)
+    out = Path(options["out"])
+    check_folder(out)
+
+    from sparseland import frontier
+
+    request = frontier.FrontierOptions(**options, methods=specs, lengths=parsed)
+    try:
+        with contextlib.redirect_stdout(sys.stderr), _progress() as update:
+            result = frontier.run(request, update)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(_stopped(out)) from stop
+    if as_json:
+        print_json({"choice": result.choice, "rows": result.rows, "out": str(result.out)})
+    else:
+        _print(result)
+
+
+def parse_lengths(text: str) -> list[int]:
+    """``"2048,8192"`` -> ``[2048, 8192]``, ascending and without repeats.
+
+    Raises:
+        SparselandError: something is not a positive whole number.
+    """
+    lengths = set()
+    for item in text.split(","):
+        if not (item.strip().isascii() and item.strip().isdigit() and int(item) > 0):
+            raise SparselandError(
+                f"--lengths {text!r}: {item.strip()!r} is not allowed; write token counts such as 2048,8192"
+            )
+        lengths.add(int(item))
+    return sorted(lengths)
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that can't be written to before a model is loaded; create nothing.
+
+    Raises:
+        SparselandError: a file is in the way, or the folder or its nearest parent is not writable.
+    """
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise SparselandError(f"--out {out}: {place} is a file, not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise SparselandError(f"--out {out}: no permission to write in {place}")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar with the time left on a terminal, a line per step elsewhere; always on stderr."""
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        told: list[str] = []
+
+        def line(message: str, done: float) -> None:
+            told.append(f"{100 * done:3.0f} %  {message}")
+            # The first line waits for the second: a model that can't be loaded is one line of error.
+            if len(told) > 1:
+                screen.print("\n".join(told if len(told) == 2 else told[-1:]), soft_wrap=True)
+
+        yield line
+        return
+    columns = (
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    # Steps take seconds to minutes, so the speed is judged over minutes.
+    with Progress(*columns, console=screen, transient=True, speed_estimate_period=300) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda message, done: bar.update(task, completed=done, description=message)
+
+
+def _stopped(out: Path) -> str:
+    results = out / "results.jsonl"
+    if not results.exists():
+        return "interrupted before the first measurement"
+    return f"interrupted; what was measured is kept in {results}, the same command again goes on from there"
+
+
+def _print(result: Any) -> None:
+    out = console()
+    path = Path(result.out) / "results.jsonl"
+    results = read_results(path) if path.exists() else Results(measurements=result.rows, choice=result.choice)
+    width = out.width if out.is_terminal else PLAIN_WIDTH
+    emit(results_table(result.rows, tasks=results.tasks, chosen=results.chosen, width=width))
+    print()
+    emit(Text(" ".join(verdict(results))), width=100)
+    print()
+    for name in FILES:
+        if (Path(result.out) / name).exists():
+            print(Path(result.out) / name)

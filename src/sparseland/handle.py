@@ -1,0 +1,338 @@
+"""Putting methods on a model, and taking them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from sparseland.errors import SparselandError
+from sparseland.method import (
+    ROLES,
+    Calibration,
+    LinearMethod,
+    Method,
+    PrefillMethod,
+    Role,
+    SelectMethod,
+    StoreMethod,
+    as_method,
+)
+from sparseland.models.attention import ATTRIBUTE, NAME, switch, switched, tiny_ids
+from sparseland.models.caches import cache_hook
+from sparseland.models.surgery import attention_layers, decoder_linears, decoder_of, replace_module
+from sparseland.runtime import AttentionRuntime, Tally
+
+if TYPE_CHECKING:
+    from sparseland.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What one attention layer computed since the last reset.
+
+    Args:
+        layer: the layer's index.
+        density: computed / causal pairs per query head, prompts only (None if there was none).
+        recall: attention mass kept per query head (None unless asked for).
+        decode_density: cached tokens read / held while decoding (None if there was none).
+    """
+
+    layer: int
+    density: list[float] | None
+    recall: list[float] | None
+    decode_density: float | None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts over all calls since ``apply`` or ``handle.reset_stats()``."""
+
+    layers: list[LayerStats]
+    linear_density: dict[str, float]
+
+    @property
+    def density(self) -> float | None:
+        """Mean over layers and heads of computed / causal pairs (1.0 is dense)."""
+        return _mean(d for layer in self.layers for d in layer.density or ())
+
+    @property
+    def recall(self) -> float | None:
+        """Mean over layers and heads of the attention mass kept."""
+        return _mean(r for layer in self.layers for r in layer.recall or ())
+
+    @property
+    def decode_density(self) -> float | None:
+        """Mean over layers of cached tokens read / held."""
+        return _mean(layer.decode_density for layer in self.layers if layer.decode_density is not None)
+
+    @property
+    def neuron_density(self) -> float | None:
+        """Mean over sparse linear layers of input channels used."""
+        return _mean(self.linear_density.values())
+
+
+class Handle:
+    """Methods on a model. Also a context manager: leaving it removes them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: Sequence[Method],
+        calibrations: dict[str, Calibration],
+        runtimes: dict[int, AttentionRuntime],
+        linears: dict[str, nn.Module],
+        undo: Callable[[], None],
+    ) -> None:
+        self.model = model
+        self.methods = tuple(methods)
+        self.calibrations = calibrations
+        self.runtimes = runtimes
+        self._linears = linears
+        self._undo: Callable[[], None] | None = undo
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        specs = ", ".join(m.spec for m in self.methods)
+        return f"<sparseland handle: {specs}{'' if self._undo else ' (removed)'}>"
+
+    def remove(self) -> None:
+        """Give the model back bit for bit as it was. A second call does nothing."""
+        if self._undo is not None:
+            undo, self._undo = self._undo, None
+            undo()
+
+    def stats(self) -> Stats:
+        """Densities (and recall, if asked for) per layer and head since the last reset."""
+        layers = [_layer_stats(i, r.tally) for i, r in self.runtimes.items()]
+        densities = {n: getattr(m, "density", lambda: None)() for n, m in self._linears.items()}
+        return Stats(layers, {n: d for n, d in densities.items() if d is not None})
+
+    def reset_stats(self) -> None:
+        """Start counting anew."""
+        for runtime in self.runtimes.values():
+            runtime.tally = Tally()
+
+    def recipe(self, evidence: dict[str, Any] | None = None) -> Recipe:
+        """These methods, with what they learnt about this model, as a recipe to save."""
+        from sparseland.recipe import Recipe
+
+        return Recipe.of(self.model, self.methods, self.calibrations, evidence)
+
+
+def apply(
+    model: nn.Module,
+    methods: str | Method | Recipe | Sequence[str | Method],
+    *,
+    calibration_ids: Int[Tensor, "B N"] | None = None,
+    calibrations: dict[str, Calibration] | None = None,
+    recall: bool = False,
+) -> Handle:
+    """Make ``model`` sparse.
+
+    Args:
+        model: a transformers decoder whose attention goes through ``AttentionInterface``.
+        methods: a spec (``"flexprefill:gamma=0.9"``), a method, a list of them, or a recipe.
+        calibration_ids: token ids ``[B, N]`` for methods that must see the model first; default: the
+            start of the default text, read with the model's own tokenizer.
+        calibrations: earlier results by slug, used instead of calibrating.
+        recall: also measure the attention mass that is kept (costs a dense pass).
+
+    Raises:
+        SparselandError: unknown method or value, methods that can't be combined, a model that is not
+            supported. Nothing has been changed then.
+    """
+    from sparseland.recipe import Recipe
+
+    if isinstance(methods, Recipe):
+        methods.check(model)
+        calibrations = {**methods.calibrations, **(calibrations or {})}
+        methods = methods.methods
+    chosen = [as_method(methods)] if isinstance(methods, str | Method) else [as_method(m) for m in methods]
+    by_role = _roles(chosen)
+    layers = attention_layers(model)
+    if any(ATTRIBUTE in layer.__dict__ for layer in layers.values()):
+        raise SparselandError("the model is sparse already; call remove() on its handle first")
+    _probe(model, layers)
+    found = _calibrate(model, chosen, calibration_ids, calibrations or {})
+
+    runtimes = {
+        i: AttentionRuntime(
+            i,
+            prefill=by_role.get("prefill"),  # type: ignore[arg-type]
+            select=by_role.get("select"),  # type: ignore[arg-type]
+            store=by_role.get("store"),  # type: ignore[arg-type]
+            calibrations=found,
+            measure_recall=recall,
+        )
+        for i in layers
+    }
+    with ExitStack() as stack:  # whatever was done is undone if a later step fails
+        stack.callback(switch(layers, runtimes))
+        hook = decoder_of(model).register_forward_pre_hook(cache_hook(runtimes), with_kwargs=True)
+        stack.callback(hook.remove)
+        stack.callback(_deactivate, runtimes)
+        linears: dict[str, nn.Module] = {}
+        if method := by_role.get("linear"):
+            assert isinstance(method, LinearMethod)
+            for name, linear in decoder_linears(model).items():
+                new = method.convert(linear, name, found.get(method.card.slug))
+                new.train(linear.training)
+                replace_module(model, name, new)
+                stack.callback(_restore_linear, model, name, linear, new)
+                linears[name] = new
+        undo = stack.pop_all().close
+    return Handle(model, chosen, found, runtimes, linears, undo)
+
+
+def _roles(methods: Sequence[Method]) -> dict[Role, Method]:
+    """Role -> method; two methods in one role are refused with the reason."""
+    if not methods:
+        raise SparselandError("no method given; `sparseland list` shows them")
+    kinds = {"prefill": PrefillMethod, "select": SelectMethod, "store": StoreMethod, "linear": LinearMethod}
+    taken: dict[Role, Method] = {}
+    for method in methods:
+        for role in sorted(method.roles):
+            if role in taken:
+                a, b = taken[role].card.slug, method.card.slug
+                raise SparselandError(f"{a} and {b} can't be combined: both decide {ROLES[role]}")
+            assert isinstance(method, kinds[role]), f"{method.card.slug} lacks what role {role} needs"
+            taken[role] = method
+    return taken
+
+
+class _Probe:
+    """A runtime that computes dense attention through the registered path and notes that it ran."""
+
+    def __init__(self, layer: int, ran: set[int]) -> None:
+        self.inner, self.ran, self.layer = AttentionRuntime(layer), ran, layer
+
+    def attention(self, *args: Any) -> Tensor:
+        self.ran.add(self.layer)
+        return self.inner.attention(*args)
+
+
+@torch.no_grad()
+def _probe(model: nn.Module, layers: dict[int, nn.Module]) -> None:
+    """Prove on a tiny input that the attention function runs in every layer and that no future leaks.
+
+    Models that call scaled_dot_product_attention themselves bypass the registry, and a function without
+    its mask function gets no causality; both would go unnoticed, so both are checked here.
+    """
+    name = type(model).__name__
+    ids = tiny_ids(model)
+    other = ids.clone()
+    other[:, -1] = ids[:, 0]
+    ran: set[int] = set()
+    probes = {i: _Probe(i, ran) for i in layers}
+    was_training = model.training
+    decoder = decoder_of(model)
+    model.eval()
+    try:
+        with switched(layers, probes):
+            a, b = (decoder(input_ids=i, use_cache=False).last_hidden_state for i in (ids, other))
+        stock = decoder(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        model.train(was_training)
+    missing = sorted(set(layers) - ran)
+    if missing:
+        raise SparselandError(
+            f"{name}: attention layers {missing} do not go through transformers' AttentionInterface, so no "
+            "method would act on them; not supported"
+        )
+    if not torch.equal(a[:, :-1], b[:, :-1]):
+        raise SparselandError(
+            f"{name}: a later token changes earlier outputs; only causal decoders are supported"
+        )
+    error = ((a - stock).float().norm() / stock.float().norm().clamp(min=1e-9)).item()
+    if not error < (1e-3 if a.dtype == torch.float32 else 5e-2):
+        raise SparselandError(
+            f"{name}: attention is not plain softmax attention (dense outputs differ by {error:.1e}); not supported"
+        )
+
+
+def _calibrate(
+    model: nn.Module,
+    methods: Sequence[Method],
+    ids: Tensor | None,
+    known: dict[str, Calibration],
+) -> dict[str, Calibration]:
+    """Calibrations by slug for the methods that need one, made now where they are not known."""
+    found = {m.card.slug: known[m.card.slug] for m in methods if m.card.slug in known}
+    for method in methods:
+        slug = method.card.slug
+        if method.card.training != "calibration" or slug in found:
+            continue
+        if ids is None:
+            ids = _default_calibration_ids(model, slug)
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                found[slug] = method.calibrate(model, ids)
+        finally:
+            model.train(was_training)
+    return found
+
+
+def _default_calibration_ids(model: nn.Module, slug: str, length: int = 2048) -> Tensor:
+    """The start of the default text in the model's own tokens."""
+    from transformers import AutoTokenizer
+
+    from sparseland.tasks.text import default_text
+
+    config: Any = model.config
+    source = getattr(config, "_name_or_path", "")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as cause:
+        raise SparselandError(
+            f"{slug} must see the model on text first, and no tokenizer was found at {source!r}; "
+            "pass calibration_ids (token ids [B, N])"
+        ) from cause
+    ids = tokenizer(default_text()[: 8 * length], return_tensors="pt").input_ids[:, :length]
+    limit = getattr(config, "max_position_embeddings", length)
+    return ids[:, :limit].to(next(model.parameters()).device)  # type: ignore[no-any-return]
+
+
+def _restore_linear(model: nn.Module, name: str, linear: nn.Linear, new: nn.Module) -> None:
+    if undo := getattr(new, "undo", None):
+        undo()
+    replace_module(model, name, linear)
+
+
+def _deactivate(runtimes: dict[int, AttentionRuntime]) -> None:
+    """Caches that live on after remove() must hand out real tensors again."""
+    for runtime in runtimes.values():
+        runtime.active = False
+
+
+def _layer_stats(layer: int, tally: Tally) -> LayerStats:
+    density = recall = None
+    if isinstance(tally.pairs, Tensor):
+        density = (tally.pairs / tally.possible).tolist()
+    if isinstance(tally.recall, Tensor):
+        recall = (tally.recall / tally.queries).tolist()
+    decode = float(tally.read) / tally.readable if tally.readable else None
+    return LayerStats(layer, density, recall, decode)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else None
+
+
+__all__ = ["NAME", "Handle", "LayerStats", "Stats", "apply"]

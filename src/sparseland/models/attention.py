@@ -1,0 +1,103 @@
+"""The one attention function that is registered with transformers, and reading a model through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseland.errors import SparselandError
+from sparseland.models.masks import MaskSpec, build_mask_spec
+
+NAME = "sparseland"
+# Where a layer's runtime hangs on its attention module.
+ATTRIBUTE = "_sparseland"
+
+
+def register() -> None:
+    """Register attention and mask function; only models switched to ``NAME`` ever call them."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, build_mask_spec)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: MaskSpec | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: ``q [B, Hq, Nq, D]`` -> ``[B, Nq, Hq, D]``."""
+    runtime = module.__dict__.get(ATTRIBUTE)
+    if runtime is None:
+        raise SparselandError(
+            f"{type(module).__name__} runs sparseland's attention but no method was applied to it"
+        )
+    if dropout:
+        raise SparselandError(
+            f"attention dropout ({dropout}) is not supported with sparse attention; set it to 0"
+        )
+    for name, what in (("softcap", "soft-capped attention logits"), ("s_aux", "learned attention sinks"),
+                       ("position_bias", "an attention bias")):  # fmt: skip
+        if kwargs.get(name) is not None:
+            raise SparselandError(f"{type(module).__name__} uses {what}, which no sparse op computes")
+    if value.shape[-1] != query.shape[-1]:
+        raise SparselandError(f"{type(module).__name__}: keys and values differ in head size; not supported")
+    if isinstance(attention_mask, Tensor):
+        raise SparselandError(
+            "a ready-made 4-D attention mask can't be combined with sparse attention; pass [B, N]"
+        )
+    window = kwargs.get("sliding_window")
+    mask = attention_mask or MaskSpec(key.shape[2])
+    if window is not None and mask.window is None:
+        mask = MaskSpec(mask.n_keys, int(window), mask.valid, mask.first_key, mask.one_run)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = runtime.attention(query, key, value, mask, scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def switched(layers: dict[int, nn.Module], runtimes: dict[int, Any]) -> Iterator[None]:
+    """Run ``layers`` through :func:`attention_forward` with these runtimes, then restore everything."""
+    undo = switch(layers, runtimes)
+    try:
+        yield
+    finally:
+        undo()
+
+
+def switch(layers: dict[int, nn.Module], runtimes: dict[int, Any]) -> Any:
+    """Like :func:`switched`, but returns the function that restores."""
+    register()
+    # Layers share their model's config object, which is also what the model builds its masks from.
+    configs = {id(layer.config): layer.config for layer in layers.values()}
+    before = [(config, config._attn_implementation) for config in configs.values()]  # type: ignore[union-attr]
+    for index, layer in layers.items():
+        layer.__dict__[ATTRIBUTE] = runtimes[index]
+    for config in configs.values():
+        config._attn_implementation = NAME  # type: ignore[union-attr]
+
+    def undo() -> None:
+        for config, name in before:
+            config._attn_implementation = name  # type: ignore[union-attr]
+        for layer in layers.values():
+            layer.__dict__.pop(ATTRIBUTE, None)
+
+    return undo
+
+
+def tiny_ids(model: nn.Module, length: int = 12) -> Tensor:
+    """A short input for probing: distinct small token ids."""
+    config: Any = model.config
+    vocab = getattr(config.get_text_config(), "vocab_size", 2)
+    device = next(model.parameters()).device
+    return (torch.arange(length, device=device) * 7 + 3).remainder(vocab)[None]

@@ -1,0 +1,52 @@
+"""Reading a dense model's queries, keys and values, as attention sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from sparseland.method import AttentionInputs
+from sparseland.models.attention import switched
+from sparseland.models.masks import MaskSpec
+from sparseland.models.surgery import attention_layers, decoder_of
+from sparseland.ops.attend import attend
+from sparseland.patterns import WindowPattern
+
+
+class _Recorder:
+    """Stands where a layer's runtime stands: computes dense attention and notes its inputs."""
+
+    active = False
+
+    def __init__(self, layer: int, notes: list[AttentionInputs] | None) -> None:
+        self.layer, self.notes = layer, notes
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float) -> Tensor:
+        if self.notes is not None:
+            # A later layer must not be able to write into what was noted.
+            self.notes.append(AttentionInputs(q.clone(), k.clone(), v.clone(), scale, self.layer))
+        n_queries, n_keys = q.shape[2], k.shape[2]
+        pattern = WindowPattern(n_queries, n_keys, 0, mask.window or n_keys)
+        return attend(q, k, v, pattern, scale=scale)
+
+
+@torch.no_grad()
+def capture_qkv(
+    model: nn.Module, ids: Int[Tensor, "B N"], layers: Iterable[int] | None = None
+) -> Iterator[AttentionInputs]:
+    """q, k, v of the asked attention layers (default all), post-RoPE, from one dense forward of ``ids``.
+
+    No padding; nothing stays on the model. All asked layers are held in memory until they are consumed.
+    """
+    modules = attention_layers(model)
+    wanted = set(modules) if layers is None else set(layers)
+    notes: list[AttentionInputs] = []
+    recorders: dict[int, Any] = {i: _Recorder(i, notes if i in wanted else None) for i in modules}
+    with switched(modules, recorders):
+        decoder_of(model)(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+    while notes:
+        yield notes.pop(0)

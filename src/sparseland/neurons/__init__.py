@@ -1,0 +1,1 @@
+"""Which activations are computed: one file a method."""

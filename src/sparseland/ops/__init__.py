@@ -1,0 +1,1 @@
+"""Numerical primitives. Each is a folder: a plain PyTorch reference, fast backends, one public function."""

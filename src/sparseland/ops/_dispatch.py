@@ -1,0 +1,116 @@
+"""Choosing the backend of an op: the fastest that supports the input, or the one that was asked for.
+
+A backend is a name, a module and a predicate that says in words why it can't run an input (None if it
+can). The order of the list is the order of speed. ``backend=...`` and the environment variable
+``SPARSELAND_BACKEND`` ask for one by name; a request that can't be met raises, it never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from sparseland.errors import SparselandError
+
+ENVIRONMENT = "SPARSELAND_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Args:
+        name: ``reference``, ``cpu``, ``triton`` or ``fa4``.
+        module: where its functions live, e.g. ``sparseland.ops.block_sparse_attention.triton``.
+        why_not: called with the op's arguments; the reason it can't run them, or None.
+    """
+
+    name: str
+    module: str
+    why_not: Callable[..., str | None]
+
+    def load(self) -> Any:
+        """The module (imported now: Triton and FlashAttention stay unloaded until they are used)."""
+        return importlib.import_module(self.module)
+
+
+def choose(
+    op: str, backends: tuple[Backend, ...], requested: str | None, *args: Any, **kwargs: Any
+) -> Backend:
+    """The backend for these arguments.
+
+    Raises:
+        SparselandError: the requested backend does not exist or can't run the input, or none can.
+    """
+    requested = requested or os.environ.get(ENVIRONMENT) or None
+    if requested is not None:
+        for backend in backends:
+            if backend.name == requested:
+                if reason := backend.why_not(*args, **kwargs):
+                    raise SparselandError(f"{op}: backend {requested!r} can't run this input: {reason}")
+                return backend
+        names = ", ".join(b.name for b in backends)
+        raise SparselandError(f"{op}: no backend {requested!r}; it has {names}")
+    reasons = []
+    for backend in backends:
+        if backend.name == "triton" and interpreting():
+            continue  # Triton's interpreter is for tests that ask for it; it is never the fastest
+        reason = backend.why_not(*args, **kwargs)
+        if reason is None:
+            return backend
+        reasons.append(f"{backend.name}: {reason}")
+    raise SparselandError(f"{op}: no backend can run this input ({'; '.join(reasons)})")
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed (without importing it)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its CPU interpreter (``TRITON_INTERPRET=1``, tests only)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_no_triton(tensor: torch.Tensor) -> str | None:
+    """The reason Triton can't run on this tensor's device, or None."""
+    if not has_triton():
+        return "triton is not installed"
+    if tensor.device.type == "cuda":
+        return None
+    if interpreting():
+        return None
+    return f"triton needs a CUDA device, the input is on {tensor.device.type}"
+
+
+def on_cpu(tensor: torch.Tensor) -> str | None:
+    """The reason a CPU backend can't take this tensor, or None."""
+    return None if tensor.device.type == "cpu" else f"the input is on {tensor.device.type}, not on the CPU"
+
+
+def check_attention_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """``q [B, Hq, Nq, D]``, ``k, v [B, Hkv, Nk, D]``, Hq a multiple of Hkv, Nq <= Nk; or a clear error."""
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise SparselandError(
+            f"q, k, v must be [B, H, N, D], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    if k.shape != v.shape:
+        raise SparselandError(f"k and v must have one shape, got {list(k.shape)} and {list(v.shape)}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise SparselandError(f"q {list(q.shape)} and k {list(k.shape)} differ in batch or head size")
+    if q.shape[1] % k.shape[1]:
+        raise SparselandError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+    if q.shape[2] > k.shape[2]:
+        raise SparselandError(f"{q.shape[2]} queries but only {k.shape[2]} keys")
+    if not (q.dtype == k.dtype == v.dtype):
+        raise SparselandError(f"q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not (q.device == k.device == v.device):
+        raise SparselandError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")

@@ -1,0 +1,164 @@
+"""Blocks and columns on the CPU: listed keys of many query blocks gathered for one dense kernel call.
+
+Query blocks (of all heads and rows) are sorted by the lengths of their lists; neighbours in that order
+go through PyTorch's CPU flash kernel together, as a batch of small dense attentions over gathered keys.
+A batch is cut so that its gathered keys stay in the cache and little of it is padding. The additive
+mask is one buffer of zeros that is touched only at keys that some row must not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparseland.patterns import cdiv
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+# Gathered keys per kernel call: 2 + 2 MB of K and V at D = 64 in float32.
+_BATCH_KEYS = 8192
+
+
+class _Lists(NamedTuple):
+    """The pattern's lists, one row per item: batch row, query head and query block in one dimension."""
+
+    block_counts: Int[Tensor, " I"]
+    block_indices: Int[Tensor, "I Lb"]
+    column_counts: Int[Tensor, " I"]
+    column_indices: Int[Tensor, "I Lc"]
+
+
+def block_column_attention(
+    q: Float[Tensor, "B Hq Nq D"],
+    k: Float[Tensor, "B Hkv Nk D"],
+    v: Float[Tensor, "B Hkv Nk D"],
+    block_size: int,
+    block_counts: Int[Tensor, "b h Mq"],
+    block_indices: Int[Tensor, "b h Mq Lb"],
+    column_counts: Int[Tensor, "b h Mq"],
+    column_indices: Int[Tensor, "b h Mq Lc"],
+    scale: float,
+) -> tuple[Float[Tensor, "B Hq Nq D"], Float[Tensor, "B Hq Nq"]]:
+    """Output and log-sum-exp. Extra memory: copies of q, k, v at most, and one batch of gathered keys."""
+    B, Hq, n_queries, D = q.shape
+    n_keys, groups = k.shape[2], Hq // k.shape[1]
+    Mq = cdiv(n_queries, block_size)
+    n_items = B * Hq * Mq
+    lists = _Lists(
+        *(
+            x.expand(B, Hq, *x.shape[2:]).reshape(n_items, *x.shape[3:])
+            for x in (block_counts, block_indices, column_counts, column_indices)
+        )
+    )
+    item = torch.arange(n_items)
+    first_query = item % Mq * block_size + (n_keys - n_queries)
+    # Where an item's key 0 lies in K as (B * Hkv * Nk, D).
+    first_row = item.div(Mq * groups, rounding_mode="floor") * n_keys
+    k_rows, v_rows = k.reshape(-1, D), v.reshape(-1, D)
+    q_items = F.pad(q, (0, 0, 0, Mq * block_size - n_queries)).reshape(n_items, 1, block_size, D)
+    out = torch.empty(n_items, 1, block_size, D, dtype=q.dtype)
+    lse = torch.full((n_items, 1, block_size), -torch.inf)
+
+    rows = torch.arange(block_size)
+    batches = list(_batches(lists, block_size))
+    longest = max((len(batch.items) * batch.width for batch in batches), default=0)
+    k_buffer, v_buffer = k_rows.new_empty(longest, D), k_rows.new_empty(longest, D)
+    zeros = k_rows.new_zeros(longest * block_size)
+    for batch in batches:
+        items, n, width = batch.items, len(batch.items), batch.width
+        keys = _keys(batch, block_size, n_keys, lists)  # (n, W)
+        source = (keys.clamp(max=n_keys - 1) + first_row[items, None]).flatten()
+        k_batch = torch.index_select(k_rows, 0, source, out=k_buffer[: n * width])
+        v_batch = torch.index_select(v_rows, 0, source, out=v_buffer[: n * width])
+        mask = zeros[: n * block_size * width].view(n, 1, block_size, width)
+        query = first_query[items, None, None] + rows[:, None]  # (n, R, 1)
+        spans = _hidden_spans(keys, first_query[items, None], batch.padding)
+        for span in spans:
+            mask[:, 0, :, span].masked_fill_(keys[:, None, span] > query, -torch.inf)
+        out[items], lse[items] = _flash(
+            q_items[items],
+            k_batch.view(n, 1, width, D),
+            v_batch.view(n, 1, width, D),
+            attn_mask=mask,
+            scale=scale,
+        )
+        for span in spans:
+            mask[:, 0, :, span].zero_()
+
+    out[lists.block_counts + lists.column_counts == 0] = 0.0
+    # Rows before the first listed key see nothing: the kernel gives them 0, and 0 as log-sum-exp too.
+    first_key = _first_key(block_size, n_keys, lists)
+    lse.masked_fill_((first_query[:, None] + rows < first_key[:, None])[:, None], -torch.inf)
+    out, lse = out.view(B, Hq, -1, D), lse.view(B, Hq, -1)
+    return out[:, :, :n_queries].contiguous(), lse[:, :, :n_queries].contiguous()
+
+
+class _Batch(NamedTuple):
+    """Items whose lists hold the same number of blocks and about as many columns."""
+
+    items: Int[Tensor, " n"]
+    n_blocks: int
+    n_columns: int  # of the longest column list
+    padding: int  # what the shortest lacks
+    width: int  # keys per item, padding included
+
+
+def _batches(lists: _Lists, block_size: int) -> Iterator[_Batch]:
+    """All items that list a key, each in one batch of at most ``_BATCH_KEYS`` keys (or of one item)."""
+    n_blocks, n_columns = lists.block_counts.long(), lists.column_counts.long()
+    order = (n_blocks * (lists.column_indices.shape[1] + 1) + n_columns).argsort(stable=True)
+    lengths = list(zip(n_blocks[order].tolist(), n_columns[order].tolist(), strict=True))
+    start = 0
+    while start < len(lengths):
+        blocks, fewest = lengths[start]
+        # In this order the column lists grow, so the last item of a batch is its widest.
+        most = fewest + (blocks * block_size + fewest) // 8 + 16
+        end = start + 1
+        while end < len(lengths) and lengths[end][0] == blocks and lengths[end][1] <= most:
+            if (end + 1 - start) * (blocks * block_size + lengths[end][1]) > _BATCH_KEYS:
+                break
+            end += 1
+        columns = lengths[end - 1][1]
+        if width := blocks * block_size + columns:
+            yield _Batch(order[start:end], blocks, columns, columns - fewest, width)
+        start = end
+
+
+def _keys(batch: _Batch, block_size: int, n_keys: int, lists: _Lists) -> Int[Tensor, "n W"]:
+    """The items' keys: padding, columns in ascending order, blocks in descending order.
+
+    So the keys that lie after an item's first query meet in the middle. Padding is ``n_keys``: a key in
+    every query's future.
+    """
+    lacking = batch.n_columns - lists.column_counts[batch.items, None].long()
+    place = torch.arange(batch.n_columns) - lacking
+    columns = lists.column_indices[batch.items].gather(1, place.clamp(min=0)).long()
+    columns = columns.masked_fill_(place < 0, n_keys)
+    blocks = lists.block_indices[batch.items, : batch.n_blocks].flip(1).long() * block_size
+    return torch.cat((columns, (blocks[:, :, None] + torch.arange(block_size)).flatten(1)), dim=1)
+
+
+def _hidden_spans(keys: Int[Tensor, "n W"], first_query: Int[Tensor, "n 1"], padding: int) -> list[slice]:
+    """The stretches of the key axis that some query of the batch must not see all of."""
+    after = (keys[:, padding:] > first_query).any(0).nonzero()
+    spans = [slice(0, padding)] if padding else []
+    if len(after):
+        spans.append(slice(padding + int(after[0]), padding + int(after[-1]) + 1))
+    return spans
+
+
+def _first_key(block_size: int, n_keys: int, lists: _Lists) -> Int[Tensor, " I"]:
+    """Each item's first listed key; ``n_keys`` if it has none."""
+    first = torch.full(lists.block_counts.shape, n_keys)
+    if lists.block_indices.shape[1]:
+        blocks = lists.block_indices[:, 0].long() * block_size
+        first = torch.where(lists.block_counts > 0, blocks, first)
+    if lists.column_indices.shape[1]:
+        columns = lists.column_indices[:, 0].long()
+        first = torch.where(lists.column_counts > 0, columns.minimum(first), first)
+    return first

@@ -1,0 +1,126 @@
+"""Reading ``results.jsonl``: one JSON object a line, written while a run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparseland.errors import SparselandError
+
+SCHEMA = 1
+
+Recipe = tuple[str, ...]
+
+
+@dataclass
+class Results:
+    """What a results file holds, sorted by kind.
+
+    Args:
+        runs: one header per start of the command (a resumed run has several).
+        measurements: the newest row of each recipe and length; a full one replaces a screening one.
+        drifts: the dense model's time before and after, per length.
+        tasks: single task items, right or wrong.
+        maps: attention maps with the computed pairs.
+        choice: the chosen recipe, or None while the run is unfinished.
+    """
+
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    measurements: list[dict[str, Any]] = field(default_factory=list)
+    drifts: list[dict[str, Any]] = field(default_factory=list)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    maps: list[dict[str, Any]] = field(default_factory=list)
+    choice: dict[str, Any] | None = None
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The newest header ({} if there is none)."""
+        return self.runs[-1] if self.runs else {}
+
+    @property
+    def lengths(self) -> list[int]:
+        """The measured lengths, ascending."""
+        return sorted({row["length"] for row in self.measurements})
+
+    @property
+    def chosen(self) -> Recipe | None:
+        """The chosen recipe; () is dense, None is no choice yet."""
+        return None if self.choice is None else key(self.choice)
+
+    def row(self, recipe: Recipe, length: int) -> dict[str, Any] | None:
+        """The measurement of a recipe at a length, or None."""
+        return next((r for r in self.measurements if key(r) == recipe and r["length"] == length), None)
+
+
+def key(row: dict[str, Any]) -> Recipe:
+    """A row's recipe as a hashable value."""
+    return tuple(row.get("recipe") or ())
+
+
+def score(
+    tasks: Sequence[dict[str, Any]], recipe: Recipe, length: int | None = None, task: str = "needle"
+) -> tuple[int, int] | None:
+    """Items found and asked of a task, or None if the recipe was not asked."""
+    items = [
+        bool(t.get("correct"))
+        for t in tasks
+        if t.get("task") == task and key(t) == recipe and (length is None or t.get("length") == length)
+    ]
+    return (sum(items), len(items)) if items else None
+
+
+def read_results(path: Path) -> Results:
+    """Read a results file; a last line cut short by an interrupted run is left out.
+
+    Raises:
+        SparselandError: the file can't be read, a line is not a JSON object, or the schema is newer.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as cause:
+        raise SparselandError(f"can't read {path}: {cause.strerror or cause}") from cause
+    results = Results()
+    newest: dict[tuple[Recipe, int], dict[str, Any]] = {}
+    for at, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as cause:
+            if at == len(lines) - 1:
+                break
+            raise SparselandError(f"{path}, line {at + 1}: not JSON; remove the line or the file") from cause
+        if not isinstance(row, dict):
+            raise SparselandError(f"{path}, line {at + 1}: a JSON object is expected")
+        _file(results, newest, row, f"{path}, line {at + 1}")
+    results.measurements = list(newest.values())
+    return results
+
+
+def _file(
+    results: Results, newest: dict[tuple[Recipe, int], dict[str, Any]], row: dict[str, Any], where: str
+) -> None:
+    kind = row.get("kind")
+    if kind == "run":
+        if row.get("schema") != SCHEMA:
+            raise SparselandError(f"{where}: schema {row.get('schema')!r}; this version reads {SCHEMA}")
+        results.runs.append(row)
+    elif kind == "measurement":
+        if not isinstance(row.get("length"), int):
+            raise SparselandError(f"{where}: a measurement without a whole number as length")
+        place = (key(row), row["length"])
+        before = newest.get(place)
+        # A short screening never replaces a full measurement, whatever their order in a resumed file.
+        if before is None or not (before.get("stage") == "full" and row.get("stage") == "screen"):
+            newest[place] = row
+    elif kind == "drift":
+        results.drifts.append(row)
+    elif kind == "task":
+        results.tasks.append(row)
+    elif kind == "map":
+        results.maps.append(row)
+    elif kind == "choice":
+        results.choice = row

@@ -1,0 +1,205 @@
+"""What one attention layer does while methods are applied: ask for a pattern, compute it, keep count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparseland.method import AttentionInputs, Calibration, PrefillMethod, SelectMethod, StoreMethod
+from sparseland.models.masks import MaskSpec
+from sparseland.ops.attend import attend
+from sparseland.ops.gather_decode import dense_decode, gather_decode
+from sparseland.patterns import Pattern, WindowPattern, causal_pairs
+
+if TYPE_CHECKING:
+    from sparseland.models.caches import TrackedLayer
+
+
+@dataclass
+class Tally:
+    """Counts of one layer, summed over calls and kept on the device (no synchronisation per call)."""
+
+    pairs: Tensor | float = 0.0  # computed pairs per query head
+    possible: float = 0.0  # causal pairs per query head
+    read: Tensor | float = 0.0  # cached tokens read while decoding, per head
+    readable: float = 0.0
+    recall: Tensor | float = 0.0  # attention mass kept per query head, summed over queries
+    queries: float = 0.0
+
+
+@dataclass
+class AttentionRuntime:
+    """The state object of one attention layer."""
+
+    layer: int
+    prefill: PrefillMethod | None = None
+    select: SelectMethod | None = None
+    store: StoreMethod | None = None
+    calibrations: dict[str, Calibration] = field(default_factory=dict)
+    measure_recall: bool = False
+    active: bool = True
+    tally: Tally = field(default_factory=Tally)
+    tracked: TrackedLayer | None = None  # the cache layer whose update() came just before this attention
+    last_pattern: Pattern | None = None
+    keep_pattern: bool = False
+
+    # ------------------------------------------------------------ cache
+
+    @property
+    def keeps_something(self) -> bool:
+        """Whether the layer's cache needs a selector's state or a store."""
+        return self.active and (self.select is not None or self.store is not None)
+
+    def track(self, inner: Any) -> TrackedLayer:
+        """A tracked layer around an empty cache layer."""
+        from sparseland.models.caches import TrackedLayer
+
+        tracked = TrackedLayer(inner, self, self.select, None, None)
+        self.renew(tracked)
+        return tracked
+
+    def renew(self, tracked: TrackedLayer) -> None:
+        """Give a tracked layer fresh state (a new or a reset cache)."""
+        if self.select is not None:
+            tracked.state = self.select.new_state(self.layer, self._calibration(self.select.card.slug))
+        if self.store is not None:
+            tracked.store = self.store.new_store(self.layer, self._calibration(self.store.card.slug))
+
+    def _calibration(self, slug: str) -> Calibration | None:
+        return self.calibrations.get(slug)
+
+    # -------------------------------------------------------- attention
+
+    def attention(
+        self,
+        q: Float[Tensor, "B Hq Nq D"],
+        k: Float[Tensor, "B Hkv N D"],
+        v: Float[Tensor, "B Hkv N D"],
+        mask: MaskSpec,
+        scale: float,
+    ) -> Float[Tensor, "B Hq Nq D"]:
+        """Attention of the newest ``Nq`` tokens over the cache, under the applied methods."""
+        tracked, self.tracked = self.tracked, None
+        n = min(mask.n_keys, k.shape[2])
+        k, v = k[:, :, :n], v[:, :, :n]
+        local = mask.window is not None and mask.window < n
+        if q.shape[2] == 1:
+            return self._decode(q, k, v, mask, scale, tracked, local)
+        if mask.valid is None:
+            return self._prompt(q, k, v, scale, mask.window if local else None)
+        # Padding is cut off row by row, so that a padded row computes exactly what it would alone.
+        out = torch.zeros_like(q)
+        for row in range(q.shape[0]):
+            valid = mask.valid[row, :n]
+            if not bool(valid.any()):
+                continue
+            keys = _run_or_index(valid)
+            queries = _run_or_index(valid[n - q.shape[2] :])
+            if isinstance(queries, Tensor) and not queries.numel():
+                continue
+            at = slice(row, row + 1)
+            part = self._prompt(
+                q[at][:, :, queries],
+                k[at][:, :, keys],
+                v[at][:, :, keys],
+                scale,
+                mask.window if local else None,
+            )
+            out[at, :, queries] = part
+        return out
+
+    def _prompt(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        n_queries, n_keys = q.shape[2], k.shape[2]
+        if window is not None:
+            # Where the model's own window binds it is the pattern; methods act on shorter prompts.
+            pattern: Pattern = WindowPattern(n_queries, n_keys, 0, window)
+        elif self.prefill is None:
+            pattern = WindowPattern.dense(n_queries, n_keys)
+        else:
+            x = AttentionInputs(q, k, v, scale, self.layer)
+            pattern = self.prefill.pattern(x, self._calibration(self.prefill.card.slug))
+        if self.keep_pattern:
+            self.last_pattern = pattern
+        if not torch.compiler.is_compiling():
+            self._count(pattern, q)
+        if not self.measure_recall:
+            return attend(q, k, v, pattern, scale=scale)
+        out, lse = attend(q, k, v, pattern, scale=scale, return_lse=True)
+        full = WindowPattern.dense(n_queries, n_keys) if window is None else pattern
+        _, dense_lse = attend(q, k, v, full, scale=scale, return_lse=True)
+        # The softmax denominators tell the kept mass: no second pass over the pairs.
+        self.tally.recall = self.tally.recall + (lse - dense_lse).exp().sum((0, 2)).double()
+        self.tally.queries += q.shape[0] * n_queries
+        return out
+
+    def _decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: MaskSpec,
+        scale: float,
+        tracked: TrackedLayer | None,
+        local: bool,
+    ) -> Tensor:
+        first = mask.first_key
+        if local:
+            start = k.shape[2] - (mask.window or 0)
+            k, v = k[:, :, start:], v[:, :, start:]
+            first = None if first is None else (first - start).clamp(min=0)
+        if local or not mask.one_run or tracked is None:
+            valid = None if mask.one_run or mask.valid is None else mask.valid[:, -k.shape[2] :]
+            if valid is not None and tracked is not None and tracked.store is not None:
+                k, v = tracked.store.dense()
+            self._count_reads(q, k.shape[2], k.shape[2])
+            return dense_decode(q, k, v, first_key=first, valid=valid, scale=scale)
+        index = None
+        if self.select is not None and tracked.state is not None:
+            x = AttentionInputs(q, k, v, scale, self.layer)
+            index = self.select.select(tracked.state, x, first)
+        self._count_reads(q, k.shape[2] if index is None else index.shape[2], k.shape[2])
+        store = tracked.store
+        if store is None:
+            if index is None:
+                return dense_decode(q, k, v, first_key=first, scale=scale)
+            return gather_decode(q, k, v, index, scale=scale)
+        if index is None:
+            return store.attend(q, scale, first)
+        return _attend_stored(q, store.gather, index, k.shape[1], scale)
+
+    # ------------------------------------------------------------ counts
+
+    def _count(self, pattern: Pattern, q: Tensor) -> None:
+        batch, heads = q.shape[:2]
+        pairs = pattern.pairs().double()
+        per_head = pairs.expand(batch, heads).sum(0)
+        self.tally.pairs = self.tally.pairs + per_head
+        self.tally.possible += batch * causal_pairs(pattern.n_queries, pattern.n_keys)
+
+    def _count_reads(self, q: Tensor, read: int, readable: int) -> None:
+        self.tally.read = self.tally.read + q.shape[0] * float(min(read, readable))
+        self.tally.readable += q.shape[0] * float(readable)
+
+
+def _run_or_index(valid: Tensor) -> slice | Tensor:
+    """A slice where the True entries are one run (no copy), else their indices."""
+    index = valid.nonzero().flatten()
+    if index.numel() and int(index[-1]) - int(index[0]) + 1 == index.numel():
+        return slice(int(index[0]), int(index[-1]) + 1)
+    return index
+
+
+def _attend_stored(q: Tensor, gather: Any, index: Tensor, kv_heads: int, scale: float) -> Tensor:
+    """Select-then-attend over a compressed cache: only the chosen tokens are expanded."""
+    batch, _, _, dim = q.shape
+    # A store gathers per key head; the indices of a group's query heads go through in one call, after
+    # which every head of ``index`` has keys of its own.
+    gathered = gather(index.reshape(batch, kv_heads, -1).clamp(min=0))
+    shape = (batch, index.shape[1], index.shape[2], dim)
+    k, v = (t.reshape(shape).to(q.dtype) for t in gathered)
+    position = torch.arange(index.shape[2], device=q.device)
+    return gather_decode(q, k, v, torch.where(index >= 0, position, -1), scale=scale)

@@ -1,0 +1,90 @@
+"""Patterns count the pairs their masks show, drop nothing visible, and never show the future."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparseland.patterns import (
+    BlockColumnPattern,
+    BlockPattern,
+    ColumnPattern,
+    WindowPattern,
+    causal_pairs,
+    cdiv,
+    pairs_per_block,
+    visible_blocks,
+)
+
+SHAPES = [(5, 5, 2), (7, 20, 4), (64, 64, 16), (33, 100, 16), (1, 9, 4), (20, 20, 64), (50, 63, 16)]
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def shape(request):
+    torch.manual_seed(0)
+    return request.param
+
+
+def random_blocks(n_queries, n_keys, size):
+    mask = torch.rand(2, 3, cdiv(n_queries, size), cdiv(n_keys, size)) < 0.5
+    return BlockPattern.from_block_mask(mask, size, n_queries, n_keys), mask
+
+
+def test_block_pairs_are_the_causal_pairs_of_each_block(shape):
+    n_queries, n_keys, size = shape
+    causal = WindowPattern.dense(n_queries, n_keys).mask()[0, 0].long()
+    rows, columns = cdiv(n_queries, size) * size, cdiv(n_keys, size) * size
+    padded = torch.nn.functional.pad(causal, (0, columns - n_keys, 0, rows - n_queries))
+    expected = padded.view(rows // size, size, columns // size, size).sum((1, 3))
+    assert torch.equal(pairs_per_block(n_queries, n_keys, size), expected)
+    assert torch.equal(visible_blocks(n_queries, n_keys, size), expected > 0)
+    assert expected.sum() == causal_pairs(n_queries, n_keys)
+
+
+def test_blocks_round_trip_and_count(shape):
+    n_queries, n_keys, size = shape
+    pattern, mask = random_blocks(n_queries, n_keys, size)
+    assert torch.equal(pattern.block_mask(), mask & visible_blocks(n_queries, n_keys, size))
+    assert torch.equal(pattern.pairs(), pattern.mask().sum((-1, -2)))
+    for row in range(pattern.counts.shape[-1]):
+        listed = pattern.indices[0, 0, row, : pattern.counts[0, 0, row]].tolist()
+        assert listed == sorted(set(listed))
+
+
+def test_what_lies_behind_count_is_never_read(shape):
+    pattern, _ = random_blocks(*shape)
+    listed = torch.arange(pattern.indices.shape[-1]) < pattern.counts[..., None]
+    spoiled = torch.where(listed, pattern.indices, 10**6).to(torch.int32)
+    other = BlockPattern(pattern.n_queries, pattern.n_keys, pattern.block_size, pattern.counts, spoiled)
+    assert torch.equal(other.mask(), pattern.mask())
+
+
+def test_columns_count_and_see_no_future(shape):
+    n_queries, n_keys, size = shape
+    mask = torch.rand(2, 3, cdiv(n_queries, size), n_keys) < 0.3
+    pattern = ColumnPattern.from_column_mask(mask, size, n_queries, n_keys)
+    dense = pattern.mask()
+    causal = WindowPattern.dense(n_queries, n_keys).mask()
+    tall = mask.repeat_interleave(size, -2)[..., :n_queries, :]
+    assert torch.equal(dense, tall & causal)
+    assert torch.equal(pattern.pairs(), dense.sum((-1, -2)))
+
+
+def test_union_counts_no_pair_twice(shape):
+    n_queries, n_keys, size = shape
+    blocks, _ = random_blocks(n_queries, n_keys, size)
+    columns = torch.rand(2, 3, n_keys) < 0.4
+    union = BlockColumnPattern.of(blocks, columns)
+    assert not (union.blocks.mask() & union.columns.mask()).any()
+    causal = WindowPattern.dense(n_queries, n_keys).mask()
+    assert torch.equal(union.mask(), (blocks.mask() | columns[:, :, None]) & causal)
+    assert torch.equal(union.pairs(), union.mask().sum((-1, -2)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.integers(0, 40), st.integers(0, 50), st.integers(0, 90))
+def test_window_counts(n_queries, past, sinks, window):
+    pattern = WindowPattern(n_queries, n_queries + past, sinks, window)
+    assert pattern.pairs().item() == pattern.mask().sum().item()
+    if window >= pattern.n_keys:
+        assert pattern.density().item() == 1.0
