@@ -123,7 +123,9 @@ def test_where_the_models_own_window_binds_it_is_the_pattern(arch, cache, ids):
         past = DynamicCache(config=model.config)
         if cache == "static":
             past = StaticCache(config=model.config, max_cache_len=LENGTH + 8)
-        parts = [logits(model, piece, past_key_values=past, use_cache=True) for piece in ids.split([90, 69, 1], 1)]
+        parts = [
+            logits(model, piece, past_key_values=past, use_cache=True) for piece in ids.split([90, 69, 1], 1)
+        ]
         return torch.cat(parts, 1)
 
     expected = run()
@@ -157,7 +159,13 @@ def test_generate_with_dense_settings_gives_the_dense_tokens(models, arch, how, 
 
 def test_a_compressed_cache_that_drops_nothing_generates_the_dense_tokens(models, ids):
     model = models["llama"]
-    options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 2, "pad_token_id": 0, "eos_token_id": None}
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "num_beams": 2,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     expected = model.generate(input_ids=ids, **options)
     with sl.apply(model, "mustafar:sparsity=0"):
         assert torch.equal(model.generate(input_ids=ids, **options), expected)
@@ -211,7 +219,9 @@ def test_something_that_is_no_decoder_is_refused():
 
 
 def test_methods_with_one_role_are_refused_with_the_reason(models):
-    with pytest.raises(sl.SparselandError, match="minference and flexprefill can't be combined: both decide which"):
+    with pytest.raises(
+        sl.SparselandError, match="minference and flexprefill can't be combined: both decide which"
+    ):
         sl.apply(models["llama"], ["minference", "flexprefill"])
     with pytest.raises(sl.SparselandError, match="no method given"):
         sl.apply(models["llama"], [])
@@ -234,7 +244,9 @@ def test_four_kinds_of_site_in_one_recipe(models, tmp_path):
         "r-sparse:sparsity=0.3",
     ]
     with sl.apply(model, methods, calibration_ids=ids) as handle:
-        out = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+        out = model.generate(
+            input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
         stats = handle.stats()
         assert stats.density < 1
         assert stats.decode_density < 1
@@ -242,7 +254,9 @@ def test_four_kinds_of_site_in_one_recipe(models, tmp_path):
         recipe = handle.recipe({"why": "a test"})
     recipe.save(tmp_path / "recipe.json")
     with sl.Recipe.load(tmp_path / "recipe.json").apply(model):
-        again = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+        again = model.generate(
+            input_ids=ids, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
     assert torch.equal(out, again)
 
 

@@ -73,7 +73,9 @@ class TestPrefill:
         assert torch.equal(pattern.pairs().expand(1, 6), mask.sum((-1, -2)).expand(1, 6))
         scores = (x.q @ x.k.repeat_interleave(x.group, 1).mT) * x.scale
         expected = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ x.v.repeat_interleave(x.group, 1)
-        torch.testing.assert_close(attend(x.q, x.k, x.v, pattern, scale=x.scale), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            attend(x.q, x.k, x.v, pattern, scale=x.scale), expected, rtol=1e-4, atol=1e-5
+        )
         assert not mask.triu(1).any()
 
     def test_no_future_token_changes_a_past_output(self, slug):

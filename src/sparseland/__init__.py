@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sparseland.handle import Handle, apply
     from sparseland.errors import SparselandError
+    from sparseland.handle import Handle, apply
     from sparseland.method import Method
     from sparseland.recipe import Recipe
 

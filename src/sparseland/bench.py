@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -100,8 +102,8 @@ def _attention(length: int | None, specs: tuple[str, ...]) -> Iterator[dict[str,
                 times = interleaved(
                     {
                         **rivals,
-                        "ours": lambda x=x, p=pattern: attend(x.q, x.k, x.v, p, scale=x.scale),
-                        "selection": lambda x=x, m=method: m.pattern(x),
+                        "ours": partial(attend, x.q, x.k, x.v, pattern, scale=x.scale),
+                        "selection": partial(method.pattern, x),
                     }
                 )
                 dense = min(times[name] for name in rivals)
@@ -134,12 +136,12 @@ def _gather_decode(length: int | None) -> Iterator[dict[str, Any]]:
         for x in captured(n, dtype, LAYERS[:1]):
             q = x.q[:, :, -1:]
             for share in (1 / 16, 1 / 8, 1 / 4):
-                scores = (q.unflatten(1, (-1, x.group)) @ x.k[:, :, None].mT).sum((2, 3))
+                scores = (q.view(1, -1, x.group, *q.shape[2:]) @ x.k[:, :, None].mT).sum((2, 3))
                 index = scores.topk(int(n * share), dim=-1).indices.sort(-1).values
                 times = interleaved(
                     {
-                        "dense": lambda x=x, q=q: dense_decode(q, x.k, x.v, scale=x.scale),
-                        "ours": lambda x=x, q=q, i=index: gather_decode(q, x.k, x.v, i, scale=x.scale),
+                        "dense": partial(dense_decode, q, x.k, x.v, scale=x.scale),
+                        "ours": partial(gather_decode, q, x.k, x.v, index, scale=x.scale),
                     },
                     50,
                 )
@@ -151,31 +153,41 @@ def _gather_decode(length: int | None) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
 
 
-def _sparse_gemv(length: int | None) -> Iterator[dict[str, Any]]:
+def _dense_rows(x: Tensor, weights: Iterator[Tensor]) -> Tensor:
+    return F.linear(x, next(weights))
+
+
+def _dense_columns(x: Tensor, weights: Iterator[Tensor]) -> Tensor:
+    return x @ next(weights)
+
+
+def _ours(x: Tensor, weights: Iterator[Tensor], threshold: Tensor) -> Tensor:
     from sparseland.ops.sparse_gemv import sparse_gemv
 
+    return sparse_gemv(x, next(weights), threshold)
+
+
+def _sparse_gemv(length: int | None) -> Iterator[dict[str, Any]]:
     inputs, outputs, copies = 4096, 11008, 3
     for dtype in (torch.float32, torch.bfloat16):
         # Several weights in turn: one alone would stay in the cache, as no model's weights do.
-        weights = [torch.randn(outputs, inputs, dtype=dtype).T.contiguous() for _ in range(copies)]
+        stored = [torch.randn(outputs, inputs, dtype=dtype) for _ in range(copies)]
+        columns = cycle([w.T.contiguous() for w in stored])
+        rows = cycle(stored)
         x = torch.randn(1, inputs, dtype=dtype)
         for sparsity in (0.0, 0.25, 0.4, 0.5, 0.7, 0.9):
-            threshold = x.abs().float().quantile(sparsity).to(dtype) if sparsity else torch.tensor(-1.0, dtype=dtype)
-            turn = {"dense": 0, "ours": 0}
-
-            def next_weight(
-                name: str, turn: dict[str, int] = turn, weights: list[Tensor] = weights
-            ) -> Tensor:
-                turn[name] = (turn[name] + 1) % copies
-                return weights[turn[name]]
-
+            threshold = (
+                x.abs().float().quantile(sparsity).to(dtype) if sparsity else torch.tensor(-1.0, dtype=dtype)
+            )
             times = interleaved(
                 {
-                    "dense": lambda x=x, w=next_weight: F.linear(x, w("dense").T),
-                    "ours": lambda x=x, w=next_weight, t=threshold: sparse_gemv(x, w("ours"), t),
+                    "dense_rows": partial(_dense_rows, x, rows),
+                    "dense_columns": partial(_dense_columns, x, columns),
+                    "ours": partial(_ours, x, columns, threshold),
                 },
                 31,
             )
+            times["dense"] = min(times["dense_rows"], times["dense_columns"])
             yield {
                 "op": "sparse_gemv", "dtype": str(dtype).removeprefix("torch."), "in": inputs, "out": outputs,
                 "sparsity": sparsity, "dense_ms": 1e3 * times["dense"], "ours_ms": 1e3 * times["ours"],

@@ -213,7 +213,9 @@ class _Job:
         for composition in self._compositions(candidates):
             self._measure_all(composition, "composition")
         for n in self.lengths:
-            self.log.add({"kind": "drift", "length": n, "before_s": before[n], "after_s": self._time_dense(n)})
+            self.log.add(
+                {"kind": "drift", "length": n, "before_s": before[n], "after_s": self._time_dense(n)}
+            )
         choice = self._choose()
         self._tasks([[], *self._finalists()])
         self._maps([parse_spec(s) for s in choice["recipe"]])
@@ -282,7 +284,9 @@ class _Job:
             if method.card.slug in found:
                 self.calibrations[method.calibration_key] = found[method.card.slug]
 
-    def _row(self, methods: Sequence[Method], role: str, length: int, run: Window, stats: Any) -> dict[str, Any]:
+    def _row(
+        self, methods: Sequence[Method], role: str, length: int, run: Window, stats: Any
+    ) -> dict[str, Any]:
         dense, ids = self.dense[length], self._window(length)
         q, base = quality(run, ids, length, dense), quality(dense, ids, length, dense)
         specs = [m.spec for m in methods]
@@ -304,8 +308,8 @@ class _Job:
 
     def _failed(self, specs: list[str], role: str, length: int, reason: str) -> dict[str, Any]:
         return {
-            "kind": "measurement", "recipe": specs, "label": " + ".join(specs), "role": role, "length": length,
-            "stage": "full", "status": "failed", "reason": reason.splitlines()[0],
+            "kind": "measurement", "recipe": specs, "label": " + ".join(specs), "role": role,
+            "length": length, "stage": "full", "status": "failed", "reason": reason.splitlines()[0],
         }  # fmt: skip
 
     # -------------------------------------------------------- choosing
@@ -318,7 +322,8 @@ class _Job:
         rows = [r for n in self.lengths for r in self._measurements(recipe=specs, length=n, status="ok")]
         limit = 1 + self.options.tolerance
         return len(rows) >= len(self.lengths) and all(
-            r["loss"] <= limit * r["dense_loss"] and r["decode_loss"] <= limit * r["dense_decode_loss"] for r in rows
+            r["loss"] <= limit * r["dense_loss"] and r["decode_loss"] <= limit * r["dense_decode_loss"]
+            for r in rows
         )
 
     def _cost(self, specs: list[str]) -> float:
@@ -371,10 +376,16 @@ class _Job:
         if not best or self._cost(best) >= dense:
             tried = len({tuple(r["recipe"]) for r in self._measurements()}) - 1
             reason = f"none of {tried} configurations is faster than dense within {tolerance:.1%} loss"
-            return {"kind": "choice", "recipe": [], "length": n, "reason": reason, "recipe_file": "recipe.json"}
+            return {
+                "kind": "choice",
+                "recipe": [],
+                "length": n,
+                "reason": reason,
+                "recipe_file": "recipe.json",
+            }
         reason = (
-            f"fastest within {tolerance:.1%} of dense's loss at {', '.join(map(str, self.lengths))} tokens: a prompt of "
-            f"{n} and {NEW_TOKENS} new tokens take {self._cost(best):.2f} s, dense {dense:.2f} s"
+            f"fastest within {tolerance:.1%} of dense's loss at {', '.join(map(str, self.lengths))} tokens: "
+            f"a prompt of {n} and {NEW_TOKENS} new tokens take {self._cost(best):.2f} s, dense {dense:.2f} s"
         )
         return {"kind": "choice", "recipe": best, "length": n, "reason": reason, "recipe_file": "recipe.json"}
 
@@ -383,7 +394,9 @@ class _Job:
         known = self._known(methods)
         missing = [m for m in methods if m.card.training == "calibration" and m.card.slug not in known]
         if missing:  # a resumed run measured it before; learn it again, from the same tokens
-            with apply(self.model, methods, calibration_ids=self.calibration_ids, calibrations=known) as handle:
+            with apply(
+                self.model, methods, calibration_ids=self.calibration_ids, calibrations=known
+            ) as handle:
                 known = dict(handle.calibrations)
         rows = [r for n in self.lengths for r in self._measurements(recipe=choice["recipe"], length=n)]
         kept = [{k: v for k, v in r.items() if k != "head_density"} for r in rows]
@@ -396,9 +409,13 @@ class _Job:
         """Needles, for dense and the finalists, at every length."""
         for name in TASK_NAMES:
             for length in self.lengths:
-                samples = TASKS[name](self.loaded.tokenizer, self.text, length, TASK_SAMPLES, self.options.seed)
+                samples = TASKS[name](
+                    self.loaded.tokenizer, self.text, length, TASK_SAMPLES, self.options.seed
+                )
                 for specs in recipes:
-                    self._tick(f"{name}: {' + '.join(specs) or 'dense'}, {length} tokens", len(samples) * length)
+                    self._tick(
+                        f"{name}: {' + '.join(specs) or 'dense'}, {length} tokens", len(samples) * length
+                    )
                     if len(self.log.of("task", recipe=list(specs), task=name, length=length)) >= len(samples):
                         continue
                     methods = [parse_spec(s) for s in specs]
@@ -414,9 +431,13 @@ class _Job:
                         for sample in samples:
                             self.log.add(
                                 {
-                                    "kind": "task", "recipe": list(specs), "task": name, "length": length,
-                                    "depth": sample.depth, "correct": score_sample(self.model, sample),
-                                }  # fmt: skip
+                                    "kind": "task",
+                                    "recipe": list(specs),
+                                    "task": name,
+                                    "length": length,
+                                    "depth": sample.depth,
+                                    "correct": score_sample(self.model, sample),
+                                }
                             )
                     finally:
                         if handle is not None:

@@ -260,7 +260,7 @@ def _probe(model: nn.Module, layers: dict[int, nn.Module]) -> None:
     error = ((a - stock).float().norm() / stock.float().norm().clamp(min=1e-9)).item()
     if not error < (1e-3 if a.dtype == torch.float32 else 5e-2):
         raise SparselandError(
-            f"{name}: attention is not plain softmax attention (dense outputs differ by {error:.1e}); not supported"
+            f"{name}: not plain softmax attention (dense outputs differ by {error:.1e}); not supported"
         )
 
 

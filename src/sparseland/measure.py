@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def run_window(model: nn.Module, ids: Int[Tensor, " N"], length: int, repeats: i
     logits, steps = [last], []
     for step in range(DECODE_TOKENS):
         token = ids[None, length + step : length + step + 1]
-        elapsed, out = timed(lambda t=token: model(input_ids=t, past_key_values=cache, use_cache=True), device)
+        elapsed, out = timed(partial(model, input_ids=token, past_key_values=cache, use_cache=True), device)
         logits.append(out.logits[0, -1:].float().cpu())
         steps.append(elapsed)
     # The median leaves out the first steps, which still allocate.
@@ -86,7 +87,10 @@ def quality(run: Window, ids: Int[Tensor, " N"], length: int, dense: Window) -> 
         torch.cat([run.tail_logits, run.decode_logits]), torch.cat([dense.tail_logits, dense.decode_logits])
     )
     return Quality(
-        cross_entropy(run.tail_logits, targets), cross_entropy(run.decode_logits, following), agree.kl, agree.top1
+        cross_entropy(run.tail_logits, targets),
+        cross_entropy(run.decode_logits, following),
+        agree.kl,
+        agree.top1,
     )
 
 

@@ -16,7 +16,6 @@ import types
 import typing
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -369,7 +368,6 @@ class LinearMethod(Method):
 # ---------------------------------------------------------------- parameters
 
 
-@cache
 def _field_types(cls: type[Method]) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
@@ -549,7 +547,7 @@ def as_method(value: str | Method) -> Method:
 
 
 def split_specs(text: str) -> list[str]:
-    """``"a,b:x=1,y=2,c"`` -> ``["a", "b:x=1,y=2", "c"]``: a comma opens a new spec unless ``key=value`` follows."""
+    """``"a,b:x=1,y=2,c"`` -> ``["a", "b:x=1,y=2", "c"]``: a comma before ``key=value`` stays inside."""
     specs: list[str] = []
     for item in text.split(","):
         head = item.split("=", 1)[0]

@@ -152,7 +152,7 @@ class ColumnPattern(Pattern):
     def from_column_mask(
         cls, columns: Bool[Tensor, "B H Mq Nk"], block_size: int, n_queries: int, n_keys: int
     ) -> ColumnPattern:
-        """Lists from a boolean mask of keys per query block; keys after the block's last query are dropped."""
+        """Lists from a boolean mask of keys per query block, without those after the block's last query."""
         last = torch.arange(1, columns.shape[-2] + 1, device=columns.device) * block_size - 1
         last = last.clamp(max=n_queries - 1) + (n_keys - n_queries)
         columns = columns & (torch.arange(n_keys, device=columns.device) <= last[:, None])

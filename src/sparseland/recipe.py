@@ -70,8 +70,9 @@ class Recipe:
         wanted = self.model.get("config_sha256")
         if wanted is not None and wanted != here["config_sha256"]:
             raise SparselandError(
-                f"this recipe was made for {self.model.get('name', '?')} ({self.model.get('architecture', '?')}), "
-                f"whose shapes differ from {here['name']} ({here['architecture']}); run frontier on this model"
+                f"this recipe was made for {self.model.get('name', '?')} "
+                f"({self.model.get('architecture', '?')}), whose shapes differ from {here['name']} "
+                f"({here['architecture']}); run frontier on this model"
             )
 
     def apply(self, model: nn.Module, **options: Any) -> Handle:

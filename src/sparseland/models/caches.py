@@ -86,18 +86,17 @@ class TrackedLayer(CacheLayerMixin):  # type: ignore[misc]
             # inside, it finds NaN rather than wrong numbers.
             self.store.append(key_states, value_states)
             shape = (*key_states.shape[:2], len(self.store), key_states.shape[3])
-            out = tuple(
-                t.new_full((1, 1, 1, 1), float("nan")).expand(shape) for t in (key_states, value_states)
-            )
+            unread = key_states.new_full((1, 1, 1, 1), float("nan")).expand(shape)
+            out = (unread, unread)
         else:
             # A prompt attends to its own keys as they are, and to what the store gives back of the past.
             past = self.store.dense() if len(self.store) else None
             self.store.append(key_states, value_states)
             out = (key_states, value_states)
             if past is not None:
-                out = tuple(torch.cat([p, n], dim=2) for p, n in zip(past, out, strict=True))
+                out = (torch.cat([past[0], out[0]], dim=2), torch.cat([past[1], out[1]], dim=2))
         self.runtime.tracked = self
-        return out  # type: ignore[return-value]
+        return out
 
     def get_seq_length(self) -> int:
         return len(self.store) if self.store is not None else self.inner.get_seq_length()
@@ -152,7 +151,7 @@ class TrackedLayer(CacheLayerMixin):  # type: ignore[misc]
             return total + self.store.nbytes()
         if not self.inner.is_initialized:
             return total
-        return total + sum(t.numel() * t.element_size() for t in (self.inner.keys, self.inner.values))
+        return total + sum(int(t.nbytes) for t in (self.inner.keys, self.inner.values))
 
 
 def track_cache(cache: Any, runtimes: dict[int, AttentionRuntime]) -> None:

@@ -95,6 +95,6 @@ def _check_plain(
         seen = mask_function(zero, zero, rows[inside], columns[inside])
         if not bool((torch.as_tensor(seen) == expected).all()):
             raise SparselandError(
-                "this model or call uses an attention mask that is not plainly causal (packed sequences, image "
-                "tokens or chunked attention); sparseland can't combine it with a sparse pattern"
+                "this model or call uses an attention mask that is not plainly causal (packed sequences, "
+                "image tokens or chunked attention); sparseland can't combine it with a sparse pattern"
             )

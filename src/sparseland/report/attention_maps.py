@@ -41,14 +41,16 @@ def attention_map_rows(
     for x in capture_qkv(model, ids[None], chosen):
         pattern = method.pattern(x, calibrations.get(method.card.slug))
         computed = _binned_density(pattern, bins)
-        heads = torch.linspace(0, x.q.shape[1] - 1, HEADS_PER_LAYER).long().unique().tolist()
+        heads = sorted(set(torch.linspace(0, x.q.shape[1] - 1, HEADS_PER_LAYER).long().tolist()))
         for head in heads:
             mass = binned_mass(x, head, bins)
             yield {
                 "layer": x.layer,
                 "head": head,
                 "mass": [[round(v, 6) for v in row] for row in mass.tolist()],
-                "computed": [[round(v, 3) for v in row] for row in computed[min(head, len(computed) - 1)].tolist()],
+                "computed": [
+                    [round(v, 3) for v in row] for row in computed[min(head, len(computed) - 1)].tolist()
+                ],
             }
 
 
