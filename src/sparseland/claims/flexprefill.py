@@ -94,8 +94,8 @@ def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
         },
         "differs": (
             f"SmolLM2-135M at {length} tokens of Python's documentation, not 7B to 9B models at 4K to 128K; "
-            "loss and attention error instead of RULER; blocks of 64. The fixed vertical-slash rival computes "
-            "single columns where FlexPrefill computes whole blocks, which weighs more the shorter the prompt"
+            "loss and attention error instead of RULER; blocks of 64. The fixed vertical-slash rival "
+            "computes single columns, FlexPrefill whole blocks, which weighs more the shorter the prompt"
         ),
         "holds": bool(
             smooth

@@ -80,23 +80,22 @@ class TrackedLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.selector is not None and self.state is not None:
             self.selector.append(self.state, key_states)
         if self.store is None:
-            out = self.inner.update(key_states, value_states, *args, **kwargs)
+            keys, values = self.inner.update(key_states, value_states, *args, **kwargs)
         elif key_states.shape[2] == 1 and self.runtime.active:
             # One decoding step reads the store itself. Models only pass these tensors on; should one look
             # inside, it finds NaN rather than wrong numbers.
             self.store.append(key_states, value_states)
             shape = (*key_states.shape[:2], len(self.store), key_states.shape[3])
-            unread = key_states.new_full((1, 1, 1, 1), float("nan")).expand(shape)
-            out = (unread, unread)
+            keys = values = key_states.new_full((1, 1, 1, 1), float("nan")).expand(shape)
         else:
             # A prompt attends to its own keys as they are, and to what the store gives back of the past.
             past = self.store.dense() if len(self.store) else None
             self.store.append(key_states, value_states)
-            out = (key_states, value_states)
+            keys, values = key_states, value_states
             if past is not None:
-                out = (torch.cat([past[0], out[0]], dim=2), torch.cat([past[1], out[1]], dim=2))
+                keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
         self.runtime.tracked = self
-        return out
+        return keys, values
 
     def get_seq_length(self) -> int:
         return len(self.store) if self.store is not None else self.inner.get_seq_length()
