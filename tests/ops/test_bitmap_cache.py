@@ -17,6 +17,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = ["triton"] if DEVICE == "cuda" else ["cpu", "triton"]
 ALL = ["reference", *FAST]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Triton's interpreter multiplies bfloat16 wrongly, so that pair is left to GPUs.
+HALF = [
+    (backend, dtype)
+    for backend in ALL
+    for dtype in (torch.bfloat16, torch.float16)
+    if (backend, dtype, DEVICE) != ("triton", torch.bfloat16, "cpu")
+]
 # (maximum, relative RMS) by dtype; bfloat16 carries 8 bits.
 TOLERANCE = {torch.float32: (2e-5, 2e-6), torch.bfloat16: (2e-2, 5e-3), torch.float16: (3e-3, 7e-4)}
 # batch, query heads, key heads, tokens, D, kept of K, kept of V
@@ -173,11 +180,8 @@ def test_attention_on_compressed_rows(
         assert (want - attend(q, k, v, 0.4)[0]).abs().max() > 1e-3  # pruning is felt
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize(("backend", "dtype"), HALF, ids=str)
 def test_half_precision(backend: str, dtype: torch.dtype) -> None:
-    if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
-        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
     q, k, v = rows(2, 6, 1, 80, dtype=dtype), *rows(2, 2, 2, 41, 80, dtype=dtype, seed=1)
     out, lse = bitmap_decode(q, compress(k, 30), compress(v, 20), return_lse=True, backend=backend)
     want, want_lse = attend(q, prune(k, 30), prune(v, 20), 80**-0.5)

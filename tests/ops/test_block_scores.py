@@ -14,6 +14,13 @@ from sparseland.ops.block_scores import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = ["triton", "torch"] if DEVICE == "cuda" else ["cpu", "triton", "torch"]
+# Triton's interpreter multiplies bfloat16 wrongly, so that pair is left to GPUs.
+KINDS = [
+    (backend, dtype)
+    for backend in FAST
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if (backend, dtype, DEVICE) != ("triton", torch.bfloat16, "cpu")
+]
 # batch, query heads, key heads, queries, keys, D, block size, probe rows
 CASES = [
     (1, 3, 1, 70, 70, 64, 16, 20),
@@ -119,12 +126,9 @@ def test_a_matrix_that_is_no_view_of_its_own() -> None:
         assert_close(got, want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("backend", "dtype"), KINDS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_probe_vertical_slash(case: tuple[int, ...], backend: str, dtype: torch.dtype) -> None:
-    if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
-        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
     q, k = inputs(case, dtype)
     got = block_scores.probe_vertical_slash(q, k, case[7], 0.3, backend=backend)
     want = block_scores.probe_vertical_slash(q, k, case[7], 0.3, backend="reference")

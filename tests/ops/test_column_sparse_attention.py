@@ -15,6 +15,13 @@ from sparseland.patterns import BlockColumnPattern, BlockPattern, ColumnPattern,
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = ["triton"] if DEVICE == "cuda" else ["cpu", "triton"]
+# Triton's interpreter multiplies bfloat16 wrongly, so that pair is left to GPUs.
+HALF = [
+    (backend, dtype)
+    for backend in FAST
+    for dtype in (torch.bfloat16, torch.float16)
+    if (backend, dtype, DEVICE) != ("triton", torch.bfloat16, "cpu")
+]
 # (maximum, relative RMS) by dtype; bfloat16 carries 8 bits.
 TOLERANCE = {torch.float32: (2e-5, 2e-6), torch.bfloat16: (3e-2, 6e-3), torch.float16: (4e-3, 8e-4)}
 # batch, query heads, key heads, queries, keys, D, block size
@@ -107,12 +114,9 @@ def test_the_cases_have_rows_that_see_nothing() -> None:
     assert (~union_for(CASES[0]).mask().any(-1)).any()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("backend", "dtype"), HALF, ids=str)
 @pytest.mark.parametrize("case", CASES[:2], ids=str)
 def test_half_precision(case: tuple[int, ...], backend: str, dtype: torch.dtype) -> None:
-    if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
-        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
     q, k, v = inputs(case, dtype)
     pattern = union_for(case)
     out, lse = block_column_attention(q, k, v, pattern, return_lse=True, backend=backend)

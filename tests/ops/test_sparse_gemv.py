@@ -18,6 +18,14 @@ ALL = ["reference", *FAST]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 # tokens, in, out
 SHAPES = [(1, 300, 256), (1, 33, 1), (3, 70, 130), (2, 64, 97), (5, 1, 8), (16, 40, 48)]
+# Triton's interpreter multiplies bfloat16 matrices wrongly, so those are left to GPUs.
+PRODUCTS = [
+    (shape, dtype, backend)
+    for shape in SHAPES
+    for dtype in TOLERANCE
+    for backend in ALL
+    if (backend, dtype, DEVICE) != ("triton", torch.bfloat16, "cpu") or shape[0] == 1
+]
 
 
 def inputs(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -37,16 +45,8 @@ def assert_close(got: Tensor, want: Tensor) -> None:
     assert (got.double() - want).abs().max() <= bound
 
 
-def skip_interpreted_bf16(backend: str, dtype: torch.dtype, n_tokens: int) -> None:
-    if backend == "triton" and dtype == torch.bfloat16 and n_tokens > 1 and DEVICE == "cpu":
-        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
-
-
-@pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "backend"), PRODUCTS, ids=str)
 def test_masked_product(shape: tuple[int, int, int], dtype: torch.dtype, backend: str) -> None:
-    skip_interpreted_bf16(backend, dtype, shape[0])
     x, wt = inputs(shape, dtype)
     per_input = torch.rand(shape[1], generator=torch.Generator().manual_seed(1)).to(DEVICE)
     bias = torch.linspace(-1, 1, shape[2]).to(DEVICE, dtype)

@@ -16,6 +16,13 @@ from sparseland.patterns import WindowPattern
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = ["triton"] if DEVICE == "cuda" else ["cpu", "triton"]
+# Triton's interpreter multiplies bfloat16 wrongly, so that pair is left to GPUs.
+HALF = [
+    (backend, dtype)
+    for backend in FAST
+    for dtype in (torch.bfloat16, torch.float16)
+    if (backend, dtype, DEVICE) != ("triton", torch.bfloat16, "cpu")
+]
 # (maximum, relative RMS) by dtype; bfloat16 carries 8 bits.
 TOLERANCE = {torch.float32: (2e-5, 2e-6), torch.bfloat16: (3e-2, 6e-3), torch.float16: (4e-3, 8e-4)}
 # batch, query heads, key heads, queries, keys, D, sinks, window
@@ -87,12 +94,9 @@ def test_backends_match_the_reference(case: tuple[int, ...], backend: str) -> No
     assert_close("lse", lse, want_lse, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(("backend", "dtype"), HALF, ids=str)
 @pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[8]], ids=str)
 def test_half_precision(case: tuple[int, ...], backend: str, dtype: torch.dtype) -> None:
-    if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
-        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
     q, k, v = inputs(case, dtype)
     options = {"sinks": case[6], "window": case[7], "return_lse": True}
     out, lse = window_attention(q, k, v, **options, backend=backend)
