@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader, dequantize
+from transformers import AutoTokenizer
 
 from sparseland.errors import SparselandError
 from sparseland.models import embedded, load_embedded
@@ -79,6 +80,19 @@ def test_digits_are_single_tokens_and_text_comes_back(loaded):
     assert [tokenizer.decode([i]) for i in ids[-8:]] == [*"1234567", "."]
     piece = default_text()[:2000]
     assert tokenizer.decode(tokenize(tokenizer, piece)) == piece
+
+
+def test_the_packaged_tokenizer_is_completed(loaded):
+    """The kept one may be older than the code, so the file is read again here."""
+    source = embedded._packaged_file()
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
+    number = "costs  12"  # blanks belong together, digits do not
+    assert tokenizer.tokenize(number)[-4:] == ["Ġ", "Ġ", "1", "2"]
+    embedded._complete(tokenizer, source)
+    assert tokenizer.tokenize(number)[-3:] == ["ĠĠ", "1", "2"]
+    assert set(tokenizer.all_special_tokens) == set(loaded.tokenizer.all_special_tokens)
+    text = f"{default_text()[:20_000]} {number} <|im_end|>"
+    assert tokenizer(text).input_ids == loaded.tokenizer(text).input_ids
 
 
 @torch.no_grad()
