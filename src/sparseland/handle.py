@@ -74,7 +74,7 @@ class Stats:
 
     @property
     def neuron_density(self) -> float | None:
-        """Mean over sparse linear layers of input channels used."""
+        """Mean over sparse linear layers of multiplications done / dense multiplications."""
         return _mean(self.linear_density.values())
 
 
@@ -159,6 +159,8 @@ def apply(
 
     if isinstance(methods, Recipe):
         methods.check(model)
+        if not methods.methods:  # dense won: nothing is to be changed
+            return Handle(model, (), {}, {}, {}, lambda: None)
         calibrations = {**methods.calibrations, **(calibrations or {})}
         methods = methods.methods
     chosen = [as_method(methods)] if isinstance(methods, str | Method) else [as_method(m) for m in methods]
@@ -276,13 +278,13 @@ def _calibrate(
         slug = method.card.slug
         if method.card.training != "calibration" or slug in found:
             continue
-        if ids is None:
+        if ids is None and method.learns_from_text:
             ids = _default_calibration_ids(model, slug)
         was_training = model.training
         model.eval()
         try:
             with torch.no_grad():
-                found[slug] = method.calibrate(model, ids)
+                found[slug] = method.calibrate(model, ids)  # type: ignore[arg-type]
         finally:
             model.train(was_training)
     return found

@@ -40,7 +40,7 @@ ROLES: dict[Role, str] = {
     "linear": "which channels the linear layers compute",
 }
 
-# Folders that may hold methods, one per site or field of use (see docs/methods.md).
+# Folders that may hold methods, one per site or field of use (see docs/methods/index.md).
 METHOD_PACKAGES = (
     "attention", "cache", "tokens", "neurons", "weights", "adapters", "features", "mixers",
     "vision", "graph", "retrieval", "recommendation",
@@ -184,6 +184,11 @@ class Method:
     def calibration_key(self) -> str:
         """Equal for methods that can share one calibration (default: only equal ones can)."""
         return self.spec
+
+    @property
+    def learns_from_text(self) -> bool:
+        """Whether :meth:`calibrate` reads the token ids it is given."""
+        return True
 
     def calibrate(self, model: torch.nn.Module, ids: Int[torch.Tensor, "B N"]) -> Calibration:
         """Learn what the method needs from the dense ``model`` on ``ids`` (only if the card says so)."""

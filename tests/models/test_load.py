@@ -169,7 +169,6 @@ def test_a_garbled_configuration_is_one_line(folder, content):
     refusal(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="TypeError, ZeroDivisionError and hub validation errors pass through")
 @pytest.mark.parametrize(
     "content",
     [

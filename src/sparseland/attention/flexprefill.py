@@ -92,8 +92,10 @@ class FlexPrefill(PrefillMethod):
     def grid(cls, length: int) -> list[Self]:
         """The paper's coverages; at short lengths with smaller blocks and the minimum in proportion."""
         size = 64 if length <= 16_384 else 128
-        least = min(512, max(size, length // 8 // size * size))
-        return [cls(gamma=gamma, min_budget=least, block_size=size) for gamma in (0.8, 0.9, 0.95)]
+        return [
+            cls(gamma=gamma, min_budget=min(cap, max(size, length // part // size * size)), block_size=size)
+            for gamma, part, cap in ((0.9, 8, 512), (0.95, 8, 1024), (0.95, 4, 2048), (0.99, 4, 2048))
+        ]
 
     @classmethod
     def full_budget(cls, length: int) -> Self:

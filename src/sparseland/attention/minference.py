@@ -83,7 +83,7 @@ class MInference(PrefillMethod):
 
     vertical: int = param(DEFAULT_VERTICAL, "key columns of a head, in tokens (at least 30 are taken)", ge=1)
     slash: int = param(DEFAULT_SLASH, "diagonals of a head, in tokens (at least 50 are taken)", ge=1)
-    patterns: str = param("", "JSON file of per-head patterns, used instead of a calibration")
+    patterns: str = param("", "JSON file of per-head patterns, used as they are instead of a search")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,6 +110,10 @@ class MInference(PrefillMethod):
     def calibration_key(self) -> str:
         """The search does not depend on the budget: sizes are scaled to it afterwards."""
         return self.card.slug if not self.patterns else self.spec
+
+    @property
+    def learns_from_text(self) -> bool:
+        return not self.patterns
 
     def calibrate(self, model: nn.Module, ids: Int[Tensor, "B N"]) -> Calibration:
         """Search every head's shape on ``ids`` (with a patterns file: nothing to search).

@@ -18,6 +18,7 @@ from sparseland.models.embedded import NAME as EMBEDDED
 from sparseland.models.embedded import embedded_folder
 from sparseland.models.folder import LoadedModel, as_dtype, quiet, read_model
 
+MAX_LAYERS = 1000
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
@@ -165,6 +166,8 @@ def _config(source: str, name: str, offline: bool) -> Any:
         if "trust_remote_code" not in str(cause):
             raise
         raise SparselandError(f"model {name!r} needs Python code of its own, which is never run") from cause
+    except Exception as cause:  # a field of the wrong kind raises whatever it happens to break
+        raise SparselandError(f"model {name!r}: bad config.json: {_first_line(cause)}") from cause
 
 
 def _tokenizer(source: str, name: str, offline: bool) -> Any:
@@ -180,6 +183,9 @@ def _tokenizer(source: str, name: str, offline: bool) -> Any:
 
 
 def _check_decoder(config: Any, name: str) -> None:
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if layers > MAX_LAYERS:  # each is built before a missing weight is noticed
+        raise SparselandError(f"model {name!r} has {layers} layers; at most {MAX_LAYERS} are read")
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     # Encoders of BERT's kind can be turned into decoders, which their configuration then says.

@@ -20,7 +20,7 @@ from sparseland.report.pareto import (
     prompt_front,
 )
 from sparseland.report.results import Recipe, key
-from sparseland.report.words import facts
+from sparseland.report.words import facts, spec_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,7 +70,7 @@ def family(row: Row) -> str:
     recipe = row.get("recipe") or ()
     if not recipe:
         return "dense"
-    return "composition" if len(recipe) > 1 else str(recipe[0]).partition(":")[0]
+    return "composition" if len(recipe) > 1 else spec_name(str(recipe[0]).partition(":")[0])
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from sparseland.report.words import (
     recipe_name,
     significant,
     size,
+    spec_name,
     speedup,
     times,
     verdict,
@@ -95,7 +96,7 @@ def _spell(recipe: Sequence[str]) -> Markup:
         return Markup("dense")
     specs = []
     for spec in recipe:
-        pieces = (f"<span>{escape(piece)}</span>" for piece in re.split(r"(?<=[:,])", spec))
+        pieces = (f"<span>{escape(piece)}</span>" for piece in re.split(r"(?<=[:,])", spec_name(spec)))
         specs.append("<wbr>".join(pieces))
     return Markup('<span class="recipe">{}</span>').format(Markup(" + ".join(specs)))
 

@@ -20,7 +20,18 @@ from sparseland.report.pareto import (
 )
 from sparseland.report.results import Recipe, key, score
 from sparseland.report.rows import ordered
-from sparseland.report.words import NONE, fixed, found, recipe_name, signed, significant, size, speedup, times
+from sparseland.report.words import (
+    NONE,
+    fixed,
+    found,
+    recipe_name,
+    signed,
+    significant,
+    size,
+    spec_name,
+    speedup,
+    times,
+)
 
 # Below this width the columns that follow from others are left out.
 FULL_WIDTH = 112
@@ -77,7 +88,9 @@ def results_table(
 
 def _folded(recipe: Recipe) -> str:
     """A recipe's specs below each other; a long one also breaks between its parameters."""
-    specs = [s if len(s) <= _LONGEST_SPEC else re.sub(r"(?<=[:,])", "\n  ", s) for s in recipe]
+    specs = [
+        s if len(s) <= _LONGEST_SPEC else re.sub(r"(?<=[:,])", "\n  ", s) for s in map(spec_name, recipe)
+    ]
     return "\n+ ".join(specs) or "dense"
 
 

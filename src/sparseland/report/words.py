@@ -12,9 +12,14 @@ from sparseland.report.results import Results, key, score
 NONE = "–"
 
 
+def spec_name(spec: str) -> str:
+    """A spec; the control ``dense`` by what sets it apart from the stock model, which is "dense" too."""
+    return "dense (own kernels)" if spec == "dense" else spec
+
+
 def recipe_name(recipe: Sequence[str]) -> str:
     """``a:x=1 + b``; ``dense`` for the empty recipe."""
-    return " + ".join(recipe) if recipe else "dense"
+    return " + ".join(map(spec_name, recipe)) if recipe else "dense"
 
 
 def fixed(value: float | None, digits: int, unit: str = "") -> str:
