@@ -32,12 +32,12 @@ from sparseland.patterns import cdiv
 
 # As in triton.py; DQ loops over keys (BN rows at a time), DKDV over queries (BM rows at a time).
 DQ = {
-    64: (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)),
+    64: (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)),
     128: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),
     256: (Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
 }
 DKDV = {
-    64: (Tile(64, 128, 8, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)),
+    64: (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)),
     128: (Tile(64, 128, 8, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 1)),
     256: (Tile(32, 64, 8, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
 }

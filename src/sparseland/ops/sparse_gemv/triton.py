@@ -28,10 +28,10 @@ class Tiles:
         per_sm: programs per multiprocessor that the split aims at.
     """
 
-    rows: int = 32
+    rows: int = 64
     columns: int = 128
     warps: int = 4
-    stages: int = 3
+    stages: int = 1
     per_sm: int = 8
 
 
