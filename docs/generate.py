@@ -97,6 +97,46 @@ def pages() -> dict[Path, str]:
 # ------------------------------------------------------------------- methods
 
 
+def readme() -> str:
+    """README.md with its table of the default run filled in."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    run = read(RESULTS / "frontier_default.json")
+    if not isinstance(run, dict):
+        return text
+    begin, end = "<!-- frontier -->\n", "<!-- /frontier -->"
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}{frontier_table(run)}\n{end}{tail}"
+
+
+def frontier_table(run: dict[str, Any]) -> str:
+    """The default run's rows of its longest prompt, and what was chosen."""
+    choice, chosen = run["choice"], " + ".join(run["choice"]["recipe"])
+    lines = [
+        "| configuration | Δ loss | Δ decode | prompt | decoding | cache |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for r in run["rows"]:
+        if r["length"] != choice["length"] or r["status"] != "ok":
+            continue
+        name = f"**{r['label']}**" if r["label"] == chosen else r["label"]
+        cells = [
+            f"{100 * (r['loss'] / r['dense_loss'] - 1):+.2f} %",
+            f"{100 * (r['decode_loss'] / r['dense_decode_loss'] - 1):+.2f} %",
+            f"{r['prefill_s']:.2f} s, {r['dense_prefill_s'] / r['prefill_s']:.2f}×",
+            f"{r['decode_ms']:.1f} ms, {r['dense_decode_ms'] / r['decode_ms']:.2f}×",
+            f"{r['cache_bytes'] / 1e6:.0f} MB",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    machine = _machine(run["machine"])
+    lines += [
+        "",
+        f"Chosen (bold): {choice['reason']}. {choice['length']} tokens, {run['model']['dtype']}, "
+        f"{run['threads']} threads; {machine}; {run['date'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
 def by_site(slugs: Sequence[str]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Site -> its methods, controls last."""
     entries = [{"card": method_class(slug).card, "roles": roles(method_class(slug))} for slug in slugs]
@@ -369,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the generated pages of docs/.")
     parser.add_argument("--check", action="store_true", help="only say whether they are up to date")
     options = parser.parse_args(argv)
-    made = pages()
+    made = {**pages(), ROOT / "README.md": readme()}
     if options.check:
         if old := stale(made):
             names = ", ".join(p.relative_to(ROOT).as_posix() for p in old)

@@ -1,0 +1,27 @@
+"""Keep a run of `sparseland frontier`: python benchmarks/frontier_rows.py RESULTS.jsonl --out FILE.json"""
+
+import argparse
+import json
+from pathlib import Path
+
+from sparseland.recipe import write_atomically
+
+SHOWN = (
+    "label", "role", "length", "status", "density", "decode_density", "loss", "dense_loss", "decode_loss",
+    "dense_decode_loss", "kl", "top1", "prefill_s", "dense_prefill_s", "decode_ms", "dense_decode_ms",
+    "cache_bytes", "dense_cache_bytes", "reason",
+)  # fmt: skip
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("results", type=Path)
+parser.add_argument("--out", type=Path, required=True)
+options = parser.parse_args()
+rows = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
+run = [row for row in rows if row["kind"] == "run"][-1]
+kept = {
+    **{name: run[name] for name in ("command", "date", "machine", "versions", "threads", "model", "text")},
+    "choice": next(row for row in rows if row["kind"] == "choice"),
+    "drift": [row for row in rows if row["kind"] == "drift"],
+    "rows": [{n: r[n] for n in SHOWN if n in r} for r in rows if r["kind"] == "measurement"],
+}
+write_atomically(options.out, json.dumps(kept, indent=1).encode())
