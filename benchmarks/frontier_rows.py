@@ -20,7 +20,7 @@ rows = [json.loads(line) for line in options.results.read_text(encoding="utf-8")
 run = [row for row in rows if row["kind"] == "run"][-1]
 kept = {
     **{name: run[name] for name in ("command", "date", "machine", "versions", "threads", "model", "text")},
-    "choice": next(row for row in rows if row["kind"] == "choice"),
+    "choice": [row for row in rows if row["kind"] == "choice"][-1],
     "drift": [row for row in rows if row["kind"] == "drift"],
     "rows": [{n: r[n] for n in SHOWN if n in r} for r in rows if r["kind"] == "measurement"],
 }

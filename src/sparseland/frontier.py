@@ -270,7 +270,9 @@ class _Job:
             self.model, list(methods), calibration_ids=self.calibration_ids, calibrations=self._known(methods)
         ) as handle:
             self._remember(methods, handle.calibrations)
-            run = run_window(self.model, self._window(length), length, REPEATS)
+            # What leaves the prompt alone, and yardsticks that may be slow, need no second prompt.
+            timed = role != "control" and any("prefill" in m.roles for m in methods)
+            run = run_window(self.model, self._window(length), length, REPEATS if timed else 1)
             return self._row(methods, role, length, run, handle.stats())
 
     def _known(self, methods: Sequence[Method]) -> dict[str, Calibration]:

@@ -18,7 +18,7 @@ from sparseland.tasks.loss import cross_entropy
 
 # Tokens whose prediction is scored: the last of the prompt, and those decoded one by one after it.
 TAIL_TOKENS = 512
-DECODE_TOKENS = 128
+DECODE_TOKENS = 96
 
 
 @dataclass(frozen=True)
