@@ -37,6 +37,7 @@ NEW_TOKENS = 128
 TASK_NAMES = ("needle",)
 TASK_SAMPLES = 4
 MAP_BINS = 64
+LONGEST_MAP = 8192
 REPEATS = 2
 
 Progress = Callable[[str, float], None]
@@ -473,7 +474,7 @@ class _Job:
 
         if not any("prefill" in m.roles for m in methods) or self.log.of("map"):
             return
-        length = self.lengths[0]
+        length = min(self.lengths[-1], LONGEST_MAP)  # at short lengths many methods are dense
         for row in attention_map_rows(
             self.model, methods, self._known(methods), self._window(length)[:length], bins=MAP_BINS
         ):
