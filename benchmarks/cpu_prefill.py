@@ -21,9 +21,8 @@ from sparseland.tasks.loss import cross_entropy
 from sparseland.tasks.text import default_text, tokenize, windows
 
 SPECS = [
-    "flexprefill:gamma=0.95,block_size=64,min_budget=2048",
-    "flexprefill:gamma=0.99,block_size=64,min_budget=1024",
-    "minference:vertical=1000,slash=200",
+    "flexprefill:gamma=0.97,block_size=64,min_budget=1024",
+    "flexprefill:gamma=0.98,block_size=64,min_budget=1024",
 ]
 CALIBRATION_TOKENS = 2048
 CPU = torch.device("cpu")
