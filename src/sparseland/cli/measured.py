@@ -49,7 +49,11 @@ def run_claim(slug: str, scale: str, as_json: bool) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         result = module.reproduce(scale)
     if as_json:
-        print_json(result)
+        from sparseland.machine import machine, now, versions
+
+        command = f"sparseland reproduce {slug} --scale {scale} --json"
+        made = {"command": command, "date": now(), "machine": machine(), "versions": versions()}
+        print_json({**result, **made})
     else:
         print_claim(result)
 
