@@ -5,10 +5,8 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 from sparseland.bench import BENCHMARKS, run
-from sparseland.machine import machine, now, versions
+from sparseland.machine import circumstances
 from sparseland.recipe import write_atomically
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -17,11 +15,7 @@ parser.add_argument("--ops", default=",".join(BENCHMARKS))
 options = parser.parse_args()
 
 result = {
-    "command": "python " + " ".join(sys.argv),
-    "date": now(),
-    "machine": machine(),
-    "versions": versions(),
-    "threads": torch.get_num_threads(),
+    **circumstances("python " + " ".join(sys.argv)),
     "inputs": "q, k, v of SmolLM2-135M-Instruct on the Python documentation; weights of sparse_gemv random",
     "rows": [],
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from sparseland.handle import apply
-from sparseland.machine import machine, now, versions
+from sparseland.machine import circumstances
 from sparseland.measure import TAIL_TOKENS, timed
 from sparseland.method import parse_spec
 from sparseland.models import load_model
@@ -50,11 +50,7 @@ def mean(values: list[float]) -> float:
 
 
 result = {
-    "command": "python " + " ".join(sys.argv),
-    "date": now(),
-    "machine": machine(),
-    "versions": versions(),
-    "threads": torch.get_num_threads(),
+    **circumstances("python " + " ".join(sys.argv)),
     "inputs": "SmolLM2-135M-Instruct on the Python documentation",
     "rows": [],
 }

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparseland.machine import machine, now, versions
+from sparseland.machine import circumstances
 from sparseland.ops.sparse_gemv import sparse_gemv
 
 SHAPES = ((4096, 11008), (4096, 14336))
@@ -90,11 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     result: dict[str, Any] = {
-        "command": "python " + " ".join(sys.argv),
-        "date": now(),
-        "machine": machine(),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
+        **circumstances("python " + " ".join(sys.argv)),
         "inputs": f"Gaussian x and weights, {COPIES} of each in turn, one token",
         "rows": [],
     }

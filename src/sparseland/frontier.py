@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.handle import apply
-from sparseland.machine import machine, now, versions
+from sparseland.machine import circumstances, machine
 from sparseland.measure import DECODE_TOKENS, TAIL_TOKENS, Window, quality, run_window
 from sparseland.method import Calibration, Method, Role, method_class, method_slugs, parse_spec
 from sparseland.models import load_model
@@ -425,7 +425,7 @@ class _Job:
                 known = dict(handle.calibrations)
         rows = [r for n in self.lengths for r in self._measurements(recipe=choice["recipe"], length=n)]
         kept = [{k: v for k, v in r.items() if k != "head_density"} for r in rows]
-        evidence = {"reason": choice["reason"], "measurements": kept, **self._circumstances()}
+        evidence = {"reason": choice["reason"], "measurements": kept, **circumstances(self.options.command)}
         return Recipe.of(self.model, methods, known, evidence)
 
     # --------------------------------------------------- tasks and maps
@@ -480,19 +480,12 @@ class _Job:
         ):
             self.log.add({"kind": "map", "recipe": [m.spec for m in methods], "length": length, **row})
 
-    # ---------------------------------------------------- circumstances
-
-    def _circumstances(self) -> dict[str, Any]:
-        return {
-            "command": self.options.command, "date": now(), "machine": machine(), "versions": versions(),
-            "threads": torch.get_num_threads(),
-        }  # fmt: skip
-
     def _run_row(self) -> dict[str, Any]:
         config = self.model.config.get_text_config()
         heads = config.num_attention_heads
         return {
-            "kind": "run", "schema": SCHEMA, "fingerprint": self.log.fingerprint, **self._circumstances(),
+            "kind": "run", "schema": SCHEMA, "fingerprint": self.log.fingerprint,
+            **circumstances(self.options.command),
             "model": {
                 "name": self.loaded.name,
                 "parameters": sum(p.numel() for p in self.model.parameters()),

@@ -40,6 +40,14 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def circumstances(command: str) -> dict[str, Any]:
+    """What every recorded result says of itself: command, date, machine, versions and threads."""
+    return {
+        "command": command, "date": now(), "machine": machine(), "versions": versions(),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -49,11 +49,9 @@ def run_claim(slug: str, scale: str, as_json: bool) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         result = module.reproduce(scale)
     if as_json:
-        from sparseland.machine import machine, now, versions
+        from sparseland.machine import circumstances
 
-        command = f"sparseland reproduce {slug} --scale {scale} --json"
-        made = {"command": command, "date": now(), "machine": machine(), "versions": versions()}
-        print_json({**result, **made})
+        print_json({**result, **circumstances(f"sparseland reproduce {slug} --scale {scale} --json")})
     else:
         print_claim(result)
 

@@ -116,7 +116,7 @@ def forward_lists(
 ) -> tuple[Int[Tensor, "b h Mq"], Int[Tensor, "b h Mq w"], Int[Tensor, "b h Mq"]]:
     """How many listed blocks are wholly visible; the blocks partly visible, and how many those are.
 
-    A binary search per list: reading all of them would cost as much as 4 % of the attention itself.
+    Found by a binary search in each list, so that most of it need not be read.
     """
     wide = min(2, cdiv(n_keys, block_size))  # FA4 refuses lists longer than there are blocks
     counts, indices = counts.contiguous(), indices.contiguous()
