@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -65,7 +66,7 @@ def captured(length: int, dtype: torch.dtype, layers: tuple[int, ...] = LAYERS) 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = tokenize(loaded.tokenizer, default_text())[:length]
     for x in capture_qkv(loaded.model.to(device), ids[None], layers):
-        yield AttentionInputs(x.q.to(dtype), x.k.to(dtype), x.v.to(dtype), x.scale, x.layer)
+        yield replace(x, q=x.q.to(dtype), k=x.k.to(dtype), v=x.v.to(dtype))
 
 
 def dense_rivals(x: AttentionInputs) -> dict[str, Callable[[], Tensor]]:

@@ -417,7 +417,7 @@ class _Job:
     def _recipe(self, choice: dict[str, Any]) -> Recipe:
         methods = [parse_spec(s) for s in choice["recipe"]]
         known = self._known(methods)
-        missing = [m for m in methods if m.card.training == "calibration" and m.card.slug not in known]
+        missing = [m for m in methods if m.calibrates() and m.card.slug not in known]
         if missing:  # a resumed run measured it before; learn it again, from the same tokens
             with apply(
                 self.model, methods, calibration_ids=self.calibration_ids, calibrations=known

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,6 +16,7 @@ from sparseland.errors import SparselandError
 from sparseland.method import (
     ROLES,
     Calibration,
+    LayerShape,
     LinearMethod,
     Method,
     PrefillMethod,
@@ -89,11 +90,13 @@ class Handle:
         runtimes: dict[int, AttentionRuntime],
         linears: dict[str, nn.Module],
         undo: Callable[[], None],
+        learners: dict[str, dict[int, nn.Module]] | None = None,
     ) -> None:
         self.model = model
         self.methods = tuple(methods)
         self.calibrations = calibrations
         self.runtimes = runtimes
+        self.learners = learners or {}
         self._linears = linears
         self._undo: Callable[[], None] | None = undo
 
@@ -126,11 +129,24 @@ class Handle:
         for runtime in self.runtimes.values():
             runtime.tally = Tally()
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The methods' own trainable parameters (gates, score heads), for an optimiser.
+
+        They are not among ``model.parameters()``: the model is the user's.
+        """
+        for layers in self.learners.values():
+            for learner in layers.values():
+                yield from learner.parameters()
+
     def recipe(self, evidence: dict[str, Any] | None = None) -> Recipe:
-        """These methods, with what they learnt about this model, as a recipe to save."""
+        """These methods, with what they learnt about this model so far, as a recipe to save."""
         from sparseland.recipe import Recipe
 
-        return Recipe.of(self.model, self.methods, self.calibrations, evidence)
+        found = dict(self.calibrations)
+        for slug, layers in self.learners.items():
+            known = found.get(slug, Calibration())
+            found[slug] = Calibration(known.meta, {**known.tensors, **learner_tensors(layers)})
+        return Recipe.of(self.model, self.methods, found, evidence)
 
 
 def apply(
@@ -171,9 +187,12 @@ def apply(
     _probe(model, layers)
     found = _calibrate(model, chosen, calibration_ids, calibrations or {})
 
+    learners = _learners(model, chosen, layers, found)
     runtimes = {
         i: AttentionRuntime(
             i,
+            n_layers=len(layers),
+            learners={slug: modules[i] for slug, modules in learners.items() if i in modules},
             prefill=by_role.get("prefill"),  # type: ignore[arg-type]
             select=by_role.get("select"),  # type: ignore[arg-type]
             store=by_role.get("store"),  # type: ignore[arg-type]
@@ -197,7 +216,7 @@ def apply(
                 stack.callback(_restore_linear, model, name, linear, new)
                 linears[name] = new
         undo = stack.pop_all().close
-    return Handle(model, chosen, found, runtimes, linears, undo)
+    return Handle(model, chosen, found, runtimes, linears, undo, learners)
 
 
 def _roles(methods: Sequence[Method]) -> dict[Role, Method]:
@@ -276,18 +295,70 @@ def _calibrate(
     found = {m.card.slug: known[m.card.slug] for m in methods if m.card.slug in known}
     for method in methods:
         slug = method.card.slug
-        if method.card.training != "calibration" or slug in found:
+        if not method.calibrates() or slug in found:
             continue
         if ids is None and method.learns_from_text:
             ids = _default_calibration_ids(model, slug)
         was_training = model.training
         model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad():  # a method that trains enables gradients itself
                 found[slug] = method.calibrate(model, ids)  # type: ignore[arg-type]
         finally:
             model.train(was_training)
     return found
+
+
+def layer_shapes(model: nn.Module) -> dict[int, LayerShape]:
+    """What methods are told of each attention layer."""
+    layers = attention_layers(model)
+    shapes = {}
+    for i, layer in layers.items():
+        config: Any = layer.config
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        dim = getattr(layer, "head_dim", None) or getattr(layer, "head_size", None)
+        dim = dim or getattr(config, "head_dim", None) or config.hidden_size // heads
+        shapes[i] = LayerShape(i, len(layers), heads, kv_heads, int(dim))
+    return shapes
+
+
+def _learners(
+    model: nn.Module,
+    methods: Sequence[Method],
+    layers: dict[int, nn.Module],
+    found: dict[str, Calibration],
+) -> dict[str, dict[int, nn.Module]]:
+    """Slug -> layer -> the method's own parameters, as its calibration left them."""
+    made: dict[str, dict[int, nn.Module]] = {}
+    shapes = layer_shapes(model)
+    for method in methods:
+        slug = method.card.slug
+        known = found[slug].tensors if slug in found else {}
+        for i, layer in layers.items():
+            learner = method.new_learner(shapes[i])
+            if learner is None:
+                continue
+            state = {n.partition(".")[2]: t for n, t in known.items() if n.partition(".")[0] == str(i)}
+            if state:
+                try:
+                    learner.load_state_dict(state)
+                except RuntimeError as cause:
+                    raise SparselandError(
+                        f"{slug}: what was learnt for layer {i} does not fit this model: "
+                        f"{str(cause).splitlines()[-1].strip()}"
+                    ) from cause
+            made.setdefault(slug, {})[i] = learner.to(next(layer.parameters()).device)
+    return made
+
+
+def learner_tensors(learners: dict[int, nn.Module]) -> dict[str, Tensor]:
+    """Learners' states as a calibration's tensors: ``<layer>.<name>``."""
+    return {
+        f"{i}.{name}": t.detach().cpu().clone()
+        for i, learner in learners.items()
+        for name, t in learner.state_dict().items()
+    }
 
 
 def _default_calibration_ids(model: nn.Module, slug: str, length: int = 2048) -> Tensor:

@@ -111,6 +111,9 @@ class AttentionInputs:
     v: Float[torch.Tensor, "B Hkv Nk D"]
     scale: float
     layer: int
+    # What only some methods ask for; None where nobody has set it (inputs made by hand).
+    n_layers: int | None = None
+    learner: torch.nn.Module | None = None
 
     @property
     def offset(self) -> int:
@@ -121,6 +124,22 @@ class AttentionInputs:
     def group(self) -> int:
         """Query heads per key head."""
         return self.q.shape[1] // self.k.shape[1]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a method is told of an attention layer before its first input: where it is and how large."""
+
+    layer: int
+    n_layers: int
+    heads: int
+    kv_heads: int
+    dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.heads // self.kv_heads
 
 
 @dataclass
@@ -194,6 +213,19 @@ class Method:
         """Learn what the method needs from the dense ``model`` on ``ids`` (only if the card says so)."""
         raise SparselandError(f"{self.card.slug} needs no calibration")
 
+    @classmethod
+    def calibrates(cls) -> bool:
+        """Whether the method has a :meth:`calibrate` of its own; ``apply`` runs it where nothing is known."""
+        return cls.calibrate is not Method.calibrate
+
+    def new_learner(self, shape: LayerShape) -> torch.nn.Module | None:
+        """The method's own trainable parameters for one attention layer (None: it has none).
+
+        ``apply`` makes one per layer, loads what a calibration holds under ``<layer>.<name>``, hands it to
+        the method as ``AttentionInputs.learner`` and lists its parameters in ``handle.parameters()``.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class PrefillMethod(Method):
@@ -222,8 +254,8 @@ class SelectMethod(Method):
     """A method that reads only some cached tokens at each decoding step; the cache stays whole.
 
     ``state`` is one object per cache layer, made by :meth:`new_state`, told of every appended key by
-    :meth:`append`, and kept in step with beam reordering and cropping by ``state``'s own
-    ``reorder(index)`` and ``crop(length)``.
+    :meth:`append`, shown each prompt by :meth:`observe`, and kept in step with beam reordering and cropping
+    by ``state``'s own ``reorder(index)`` and ``crop(length)``.
     """
 
     @property
@@ -237,6 +269,11 @@ class SelectMethod(Method):
     def append(self, state: SelectState, k_new: Float[torch.Tensor, "B Hkv n D"]) -> None:
         """Note the keys that were just appended to the cache."""
         raise NotImplementedError
+
+    def observe(
+        self, state: SelectState, x: AttentionInputs, first_key: Int[torch.Tensor, " B"] | None = None
+    ) -> None:
+        """See a prompt's queries (the whole batch, padding included), after its keys were appended."""
 
     def select(
         self,
@@ -306,8 +343,15 @@ class StoreMethod(Method):
     def roles(self) -> frozenset[Role]:
         return frozenset({"store"})
 
-    def new_store(self, layer: int, calibration: Calibration | None = None) -> KVStore:
-        """An empty store for one layer's keys and values."""
+    def new_store(
+        self,
+        layer: int,
+        calibration: Calibration | None = None,
+        *,
+        n_layers: int | None = None,
+        learner: torch.nn.Module | None = None,
+    ) -> KVStore | None:
+        """An empty store for one layer's keys and values; None: this layer keeps the ordinary cache."""
         raise NotImplementedError
 
 
@@ -315,15 +359,28 @@ class KVStore:
     """One layer's keys and values in a method's own form (see :class:`StoreMethod`)."""
 
     def __len__(self) -> int:
-        """Tokens held."""
+        """Tokens taken in, dropped ones included: the position of the next."""
         raise NotImplementedError
+
+    def kept(self) -> float:
+        """Tokens that a decoding step reads, averaged over heads; below ``len`` where some are dropped."""
+        return len(self)
 
     def append(self, k: Float[torch.Tensor, "B Hkv n D"], v: Float[torch.Tensor, "B Hkv n D"]) -> None:
         """Take in new tokens."""
         raise NotImplementedError
 
+    def observe(self, x: AttentionInputs, first_key: Int[torch.Tensor, " B"] | None = None) -> None:
+        """See a prompt's queries, keys and values (the whole batch, padding included), after it was computed.
+
+        Stores that drop tokens by what the prompt looked at do it here.
+        """
+
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values as the method gives them back, ``[B, Hkv, N, D]`` each."""
+        """All keys and values as the method gives them back, ``[B, Hkv, N, D]`` each.
+
+        A store that drops tokens gives zeros in their place: its own prefill pattern never reads them.
+        """
         raise NotImplementedError
 
     def attend(

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparseland.method import AttentionInputs, Calibration, PrefillMethod, SelectMethod, StoreMethod
+from sparseland.method import AttentionInputs, Calibration, Method, PrefillMethod, SelectMethod, StoreMethod
 from sparseland.models.masks import MaskSpec
 from sparseland.ops.attend import attend
 from sparseland.ops.gather_decode import dense_decode, gather_decode
@@ -40,6 +40,8 @@ class AttentionRuntime:
     select: SelectMethod | None = None
     store: StoreMethod | None = None
     calibrations: dict[str, Calibration] = field(default_factory=dict)
+    n_layers: int | None = None
+    learners: dict[str, nn.Module] = field(default_factory=dict)  # slug -> the method's own parameters
     measure_recall: bool = False
     active: bool = True
     tally: Tally = field(default_factory=Tally)
@@ -67,7 +69,13 @@ class AttentionRuntime:
         if self.select is not None:
             tracked.state = self.select.new_state(self.layer, self._calibration(self.select.card.slug))
         if self.store is not None:
-            tracked.store = self.store.new_store(self.layer, self._calibration(self.store.card.slug))
+            slug = self.store.card.slug
+            tracked.store = self.store.new_store(
+                self.layer,
+                self._calibration(slug),
+                n_layers=self.n_layers,
+                learner=self.learners.get(slug),
+            )
 
     def _calibration(self, slug: str) -> Calibration | None:
         return self.calibrations.get(slug)
@@ -89,8 +97,31 @@ class AttentionRuntime:
         local = mask.window is not None and mask.window < n
         if q.shape[2] == 1:
             return self._decode(q, k, v, mask, scale, tracked, local)
+        out = self._prompts(q, k, v, mask, scale, mask.window if local else None)
+        if tracked is not None and not local:
+            self._observe(tracked, q, k, v, mask, scale)
+        return out
+
+    def _observe(
+        self, tracked: TrackedLayer, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float
+    ) -> None:
+        """Show a prompt to what keeps or reads the cache."""
+        if self.select is not None and tracked.state is not None:
+            x = self._inputs(self.select, q, k, v, scale)
+            self.select.observe(tracked.state, x, mask.first_key)
+        if self.store is not None and tracked.store is not None:
+            tracked.store.observe(self._inputs(self.store, q, k, v, scale), mask.first_key)
+
+    def _inputs(self, method: Method, q: Tensor, k: Tensor, v: Tensor, scale: float) -> AttentionInputs:
+        return AttentionInputs(q, k, v, scale, self.layer, self.n_layers, self.learners.get(method.card.slug))
+
+    def _prompts(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float, window: int | None
+    ) -> Tensor:
+        """A prompt's attention; padded rows one by one."""
+        n = k.shape[2]
         if mask.valid is None:
-            return self._prompt(q, k, v, scale, mask.window if local else None)
+            return self._prompt(q, k, v, scale, window)
         # Padding is cut off row by row, so that a padded row computes exactly what it would alone.
         out = torch.zeros_like(q)
         for row in range(q.shape[0]):
@@ -102,13 +133,7 @@ class AttentionRuntime:
             if isinstance(queries, Tensor) and not queries.numel():
                 continue
             at = slice(row, row + 1)
-            part = self._prompt(
-                q[at][:, :, queries],
-                k[at][:, :, keys],
-                v[at][:, :, keys],
-                scale,
-                mask.window if local else None,
-            )
+            part = self._prompt(q[at][:, :, queries], k[at][:, :, keys], v[at][:, :, keys], scale, window)
             out[at, :, queries] = part
         return out
 
@@ -120,7 +145,7 @@ class AttentionRuntime:
         elif self.prefill is None:
             pattern = WindowPattern.dense(n_queries, n_keys)
         else:
-            x = AttentionInputs(q, k, v, scale, self.layer)
+            x = self._inputs(self.prefill, q, k, v, scale)
             pattern = self.prefill.pattern(x, self._calibration(self.prefill.card.slug))
         if self.keep_pattern:
             self.last_pattern = pattern
@@ -159,10 +184,11 @@ class AttentionRuntime:
             return dense_decode(q, k, v, first_key=first, valid=valid, scale=scale)
         index = None
         if self.select is not None and tracked.state is not None:
-            x = AttentionInputs(q, k, v, scale, self.layer)
+            x = self._inputs(self.select, q, k, v, scale)
             index = self.select.select(tracked.state, x, first)
-        self._count_reads(q, k.shape[2] if index is None else index.shape[2], k.shape[2])
         store = tracked.store
+        whole = k.shape[2] if store is None else store.kept()
+        self._count_reads(q, whole if index is None else index.shape[2], k.shape[2])
         if store is None:
             if index is None:
                 return dense_decode(q, k, v, first_key=first, scale=scale)
@@ -180,7 +206,7 @@ class AttentionRuntime:
         self.tally.pairs = self.tally.pairs + per_head
         self.tally.possible += batch * causal_pairs(pattern.n_queries, pattern.n_keys)
 
-    def _count_reads(self, q: Tensor, read: int, readable: int) -> None:
+    def _count_reads(self, q: Tensor, read: float, readable: int) -> None:
         self.tally.read = self.tally.read + q.shape[0] * float(min(read, readable))
         self.tally.readable += q.shape[0] * float(readable)
 

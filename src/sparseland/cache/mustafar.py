@@ -71,7 +71,14 @@ class Mustafar(StoreMethod):
     def full_budget(cls, length: int) -> Self:
         return cls(sparsity=0.0)
 
-    def new_store(self, layer: int, calibration: Calibration | None = None) -> BitmapStore:
+    def new_store(
+        self,
+        layer: int,
+        calibration: Calibration | None = None,
+        *,
+        n_layers: int | None = None,
+        learner: torch.nn.Module | None = None,
+    ) -> BitmapStore:
         key = self.sparsity if self.key_sparsity is None else self.key_sparsity
         value = self.sparsity if self.value_sparsity is None else self.value_sparsity
         return BitmapStore(key, value, self.window, self.group)

@@ -22,13 +22,14 @@ class _Recorder:
 
     active = False
 
-    def __init__(self, layer: int, notes: list[AttentionInputs] | None) -> None:
-        self.layer, self.notes = layer, notes
+    def __init__(self, layer: int, n_layers: int, notes: list[AttentionInputs] | None) -> None:
+        self.layer, self.n_layers, self.notes = layer, n_layers, notes
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float) -> Tensor:
         if self.notes is not None:
             # A later layer must not be able to write into what was noted.
-            self.notes.append(AttentionInputs(q.clone(), k.clone(), v.clone(), scale, self.layer))
+            noted = (q.clone(), k.clone(), v.clone())
+            self.notes.append(AttentionInputs(*noted, scale, self.layer, self.n_layers))
         n_queries, n_keys = q.shape[2], k.shape[2]
         pattern = WindowPattern(n_queries, n_keys, 0, mask.window or n_keys)
         return attend(q, k, v, pattern, scale=scale)
@@ -45,7 +46,9 @@ def capture_qkv(
     modules = attention_layers(model)
     wanted = set(modules) if layers is None else set(layers)
     notes: list[AttentionInputs] = []
-    recorders: dict[int, Any] = {i: _Recorder(i, notes if i in wanted else None) for i in modules}
+    recorders: dict[int, Any] = {
+        i: _Recorder(i, len(modules), notes if i in wanted else None) for i in modules
+    }
     with switched(modules, recorders):
         decoder_of(model)(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
     while notes:
