@@ -61,8 +61,22 @@ def attention_forward(
     if window is not None and mask.window is None:
         mask = MaskSpec(mask.n_keys, int(window), mask.valid, mask.first_key, mask.one_run)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    query, key, value = _autocast(query, key, value)
     out = runtime.attention(query, key, value, mask, scale)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, a prompt's q, k, v in autocast's dtype, as PyTorch's own attention takes them.
+
+    Rotary angles are float32, so q and k come in wider than v. A decoding step stays as it is: its keys
+    are read from a cache or store that was filled without autocast's knowledge.
+    """
+    kind = q.device.type
+    if q.shape[2] == 1 or not torch.is_autocast_enabled(kind):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 @contextmanager
