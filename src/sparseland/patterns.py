@@ -6,6 +6,7 @@ only if ``j <= offset + i`` with ``offset = n_keys - n_queries``, whatever the l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +126,23 @@ class BlockPattern(Pattern):
         return pairs_per_block(self.n_queries, self.n_keys, self.block_size, self.counts.device)
 
     def pairs(self) -> Int[Tensor, "B H"]:
-        return (self.block_mask() * self.block_pairs()).sum((-1, -2))
+        # From the lists: a map of all blocks would be quadratic in the length.
+        return _sum_over_lists(self, self._listed_pairs)
+
+    def _listed_pairs(
+        self, indices: Int[Tensor, "b h m L"], start: Int[Tensor, " m"]
+    ) -> Int[Tensor, "*bhmL"]:
+        """Causal pairs of each listed block, for query blocks that begin at the positions ``start``."""
+        end = (start + self.block_size).clamp(max=self.n_keys)
+        first = indices.long() * self.block_size
+
+        def seen_from(key: Tensor) -> Tensor:
+            # Pairs of the block's queries with keys at or after ``key``: a sum of consecutive numbers.
+            most = (end[:, None] - key).clamp(min=0)
+            before = (start[:, None] - key).clamp(min=0)
+            return most * (most + 1) - before * (before + 1)
+
+        return (seen_from(first) - seen_from((first + self.block_size).clamp(max=self.n_keys))) // 2
 
     def mask(self) -> Bool[Tensor, "B H Nq Nk"]:
         wide = self.block_mask().repeat_interleave(self.block_size, -1)[..., : self.n_keys]
@@ -170,12 +187,14 @@ class ColumnPattern(Pattern):
         return mask.scatter_(-1, target, True)[..., : self.n_keys]
 
     def pairs(self) -> Int[Tensor, "B H"]:
+        return _sum_over_lists(self, self._listed_pairs)
+
+    def _listed_pairs(
+        self, indices: Int[Tensor, "b h m L"], start: Int[Tensor, " m"]
+    ) -> Int[Tensor, "*bhmL"]:
         # Query i of a block sees a listed key j if j <= offset + i: count the queries at or below j.
-        first = torch.arange(self.counts.shape[-1], device=self.counts.device) * self.block_size + self.offset
-        end = (first + self.block_size).clamp(max=self.n_keys)
-        rows = end[:, None] - torch.maximum(self.indices.long(), first[:, None])
-        listed = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
-        return (rows.clamp(min=0) * listed).sum((-1, -2))
+        end = (start + self.block_size).clamp(max=self.n_keys)
+        return (end[:, None] - torch.maximum(indices, start[:, None])).clamp(min=0)
 
     def mask(self) -> Bool[Tensor, "B H Nq Nk"]:
         tall = self.column_mask().repeat_interleave(self.block_size, -2)[..., : self.n_queries, :]
@@ -186,7 +205,8 @@ class ColumnPattern(Pattern):
 class BlockColumnPattern(Pattern):
     """The union of blocks and single columns (MInference's vertical-slash).
 
-    No pair may be in both: :meth:`of` drops the columns that a listed block already covers.
+    No pair may be in both: :meth:`of` drops the columns that a listed block already covers. The columns'
+    block size is the blocks' or a multiple of it: one list of columns can serve several query blocks.
     """
 
     blocks: BlockPattern
@@ -206,6 +226,34 @@ class BlockColumnPattern(Pattern):
 
     def mask(self) -> Bool[Tensor, "B H Nq Nk"]:
         return self.blocks.mask() | self.columns.mask()
+
+
+# Entries of lists that are looked at together when pairs are counted.
+_COUNTED = 1 << 24
+
+
+def unexpanded(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with batch and head dimensions of 1 where all of them only repeat one entry (stride 0)."""
+    for dim in (0, 1):
+        if all(t.shape[dim] == 1 or t.stride(dim) == 0 for t in tensors):
+            tensors = tuple(t.narrow(dim, 0, min(1, t.shape[dim])) for t in tensors)
+    return tensors
+
+
+def _sum_over_lists(
+    pattern: BlockPattern | ColumnPattern, pairs: Callable[[Tensor, Tensor], Tensor]
+) -> Int[Tensor, "B H"]:
+    """Pairs of all listed entries, some query blocks at a time; ``pairs`` gives each entry's."""
+    counts, indices = unexpanded(pattern.counts, pattern.indices)
+    start = torch.arange(counts.shape[-1], device=counts.device) * pattern.block_size + pattern.offset
+    place = torch.arange(indices.shape[-1], device=counts.device)
+    total = torch.zeros(counts.shape[:2], dtype=torch.int64, device=counts.device)
+    step = max(1, _COUNTED // max(1, counts.shape[0] * counts.shape[1] * indices.shape[-1]))
+    for i in range(0, counts.shape[-1], step):
+        part = slice(i, i + step)
+        listed = place < counts[:, :, part, None]
+        total += (pairs(indices[:, :, part], start[part]) * listed).sum((-1, -2))
+    return total.expand(pattern.counts.shape[:2])
 
 
 def visible_blocks(
