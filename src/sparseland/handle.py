@@ -27,6 +27,7 @@ from sparseland.method import (
 )
 from sparseland.models.attention import ATTRIBUTE, NAME, switch, switched, tiny_ids
 from sparseland.models.caches import cache_hook
+from sparseland.models.rope import find_ropes
 from sparseland.models.surgery import attention_layers, decoder_linears, decoder_of, replace_module
 from sparseland.runtime import AttentionRuntime, Tally
 
@@ -185,6 +186,7 @@ def apply(
     if any(ATTRIBUTE in layer.__dict__ for layer in layers.values()):
         raise SparselandError("the model is sparse already; call remove() on its handle first")
     _probe(model, layers)
+    ropes = find_ropes(model) if any(m.needs_rope for m in chosen) else {}
     found = _calibrate(model, chosen, calibration_ids, calibrations or {})
 
     learners = _learners(model, chosen, layers, found)
@@ -193,6 +195,7 @@ def apply(
             i,
             n_layers=len(layers),
             learners={slug: modules[i] for slug, modules in learners.items() if i in modules},
+            rope=ropes.get(i),
             prefill=by_role.get("prefill"),  # type: ignore[arg-type]
             select=by_role.get("select"),  # type: ignore[arg-type]
             store=by_role.get("store"),  # type: ignore[arg-type]

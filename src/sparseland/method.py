@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from sparseland.errors import SparselandError
 
@@ -97,6 +97,31 @@ def param(
     return field(default=default, metadata={"help": help, "choices": choices, **bounds})
 
 
+class Rope(Protocol):
+    """One layer's rotary position embedding, as the model applies it, and undone.
+
+    A token's position counts from its row's first token. ``positions`` are ``[n]``, or ``[B, n]`` where the
+    rows of a batch stand at different places.
+    """
+
+    def rotate(
+        self, x: Float[torch.Tensor, "B H n D"], positions: Int[torch.Tensor, "*B n"]
+    ) -> Float[torch.Tensor, "B H n D"]:
+        """What the model makes of queries or keys at these positions, scaling included."""
+
+    def unrotate(
+        self, x: Float[torch.Tensor, "B H n D"], positions: Int[torch.Tensor, "*B n"]
+    ) -> Float[torch.Tensor, "B H n D"]:
+        """The inverse of :meth:`rotate`: queries or keys as they were before RoPE."""
+
+    def tables(self, n: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosine and sine ``[n, R / 2]`` of positions 0 to n - 1, in ``like``'s type, on its device.
+
+        Channel ``r < R / 2`` turns together with channel ``r + R / 2``; channels from R on do not turn. None:
+        the layer has no positions.
+        """
+
+
 @dataclass(frozen=True)
 class AttentionInputs:
     """One attention layer's inputs as a method sees them: after RoPE, unpadded, causal.
@@ -114,6 +139,7 @@ class AttentionInputs:
     # What only some methods ask for; None where nobody has set it (inputs made by hand).
     n_layers: int | None = None
     learner: torch.nn.Module | None = None
+    rope: Rope | None = None  # undoes the rotation; None here: q and k are taken as they are
 
     @property
     def offset(self) -> int:
@@ -158,6 +184,9 @@ class Method:
     """Base of all methods. Subclasses are frozen dataclasses whose fields are the parameters."""
 
     card: ClassVar[Card]
+    # Reads queries or keys before RoPE: apply() finds the model's rotary embedding and proves that it can be
+    # undone, or refuses the model; it comes as AttentionInputs.rope.
+    needs_rope: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         hints = _field_types(type(self))

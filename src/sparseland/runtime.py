@@ -9,7 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sparseland.method import AttentionInputs, Calibration, Method, PrefillMethod, SelectMethod, StoreMethod
+from sparseland.method import (
+    AttentionInputs,
+    Calibration,
+    Method,
+    PrefillMethod,
+    Rope,
+    SelectMethod,
+    StoreMethod,
+)
 from sparseland.models.masks import MaskSpec
 from sparseland.ops.attend import attend
 from sparseland.ops.gather_decode import dense_decode, gather_decode
@@ -42,6 +50,7 @@ class AttentionRuntime:
     calibrations: dict[str, Calibration] = field(default_factory=dict)
     n_layers: int | None = None
     learners: dict[str, nn.Module] = field(default_factory=dict)  # slug -> the method's own parameters
+    rope: Rope | None = None  # where a method asks for it
     measure_recall: bool = False
     active: bool = True
     tally: Tally = field(default_factory=Tally)
@@ -113,7 +122,8 @@ class AttentionRuntime:
             tracked.store.observe(self._inputs(self.store, q, k, v, scale), mask.first_key)
 
     def _inputs(self, method: Method, q: Tensor, k: Tensor, v: Tensor, scale: float) -> AttentionInputs:
-        return AttentionInputs(q, k, v, scale, self.layer, self.n_layers, self.learners.get(method.card.slug))
+        learner = self.learners.get(method.card.slug)
+        return AttentionInputs(q, k, v, scale, self.layer, self.n_layers, learner, self.rope)
 
     def _prompts(
         self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float, window: int | None

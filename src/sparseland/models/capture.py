@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from sparseland.method import AttentionInputs
+from sparseland.errors import SparselandError
+from sparseland.method import AttentionInputs, Rope
 from sparseland.models.attention import switched
 from sparseland.models.masks import MaskSpec
+from sparseland.models.rope import find_ropes
 from sparseland.models.surgery import attention_layers, decoder_of
 from sparseland.ops.attend import attend
 from sparseland.patterns import WindowPattern
@@ -22,14 +24,16 @@ class _Recorder:
 
     active = False
 
-    def __init__(self, layer: int, n_layers: int, notes: list[AttentionInputs] | None) -> None:
-        self.layer, self.n_layers, self.notes = layer, n_layers, notes
+    def __init__(
+        self, layer: int, n_layers: int, rope: Rope | None, notes: list[AttentionInputs] | None
+    ) -> None:
+        self.layer, self.n_layers, self.rope, self.notes = layer, n_layers, rope, notes
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float) -> Tensor:
         if self.notes is not None:
             # A later layer must not be able to write into what was noted.
             noted = (q.clone(), k.clone(), v.clone())
-            self.notes.append(AttentionInputs(*noted, scale, self.layer, self.n_layers))
+            self.notes.append(AttentionInputs(*noted, scale, self.layer, self.n_layers, rope=self.rope))
         n_queries, n_keys = q.shape[2], k.shape[2]
         pattern = WindowPattern(n_queries, n_keys, 0, mask.window or n_keys)
         return attend(q, k, v, pattern, scale=scale)
@@ -42,14 +46,24 @@ def capture_qkv(
     """q, k, v of the asked attention layers (default all), post-RoPE, from one dense forward of ``ids``.
 
     No padding; nothing stays on the model. All asked layers are held in memory until they are consumed.
+    ``x.rope`` is None where a model's RoPE can't be undone.
     """
     modules = attention_layers(model)
+    ropes = _ropes(model)
     wanted = set(modules) if layers is None else set(layers)
     notes: list[AttentionInputs] = []
     recorders: dict[int, Any] = {
-        i: _Recorder(i, len(modules), notes if i in wanted else None) for i in modules
+        i: _Recorder(i, len(modules), ropes.get(i), notes if i in wanted else None) for i in modules
     }
     with switched(modules, recorders):
         decoder_of(model)(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
     while notes:
         yield notes.pop(0)
+
+
+def _ropes(model: nn.Module) -> Mapping[int, Rope]:
+    """What :func:`find_ropes` gives, or nothing: whoever needs it says so when it is missing."""
+    try:
+        return find_ropes(model)
+    except SparselandError:
+        return {}
