@@ -86,7 +86,8 @@ def block_max_probability(
         raise SparselandError(f"{_OP}: block_size={block_size}; it must be 1 or more")
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3])
-    return _forward(q, k, block_size, scale, per_query, backend or "")
+    result: Tensor = _forward(q, k, block_size, scale, per_query, backend or "")
+    return result
 
 
 # The backend is chosen inside the operator, so torch.compile sees one opaque call.

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 # Logits held at once: what a CPU's cache can still hold, and enough work for a GPU.
-_CPU_CHUNK, _GPU_CHUNK = 2**19, 2**25
+_CPU_CHUNK, _GPU_CHUNK = 2**18, 2**25
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def forward(
         position = torch.arange(offset + start, offset + end, device=q.device)
         column = torch.arange(offset + start, wide, device=q.device)
         logits[..., offset + start :].masked_fill_(column > position[:, None], -torch.inf)
-        best = logits.unflatten(-1, (-1, block_size)).amax(-1)
+        best = torch.unflatten(logits, -1, (-1, block_size)).amax(-1)
         peak = best.amax(-1, keepdim=True)
         total = logits.sub_(peak).exp_().sum(-1, keepdim=True)
         best = (best - peak).exp_().div_(total)
@@ -51,7 +51,7 @@ def forward(
             out[:, :, start:end, : best.shape[-1]] = best
         else:
             best = F.pad(best, (0, 0, 0, -(end - start) % block_size))
-            best = best.unflatten(2, (-1, block_size)).amax(3)
+            best = torch.unflatten(best, 2, (-1, block_size)).amax(3)
             first = start // block_size
             out[:, :, first : first + best.shape[2], : best.shape[3]] = best
         start = end

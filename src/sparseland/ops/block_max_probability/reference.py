@@ -22,4 +22,6 @@ def forward(
     p = (q.float() @ keys.float().mT * scale).masked_fill(~seen, -torch.inf).softmax(-1)
     rows = 1 if per_query else block_size
     p = F.pad(p, (0, -n_keys % block_size, 0, -n_queries % rows))
-    return p.unflatten(3, (-1, block_size)).unflatten(2, (-1, rows)).amax((3, 5))
+    tiles = (p.shape[2] // rows, rows, p.shape[3] // block_size, block_size)
+    best: Tensor = p.reshape(*p.shape[:2], *tiles).amax((3, 5))
+    return best
