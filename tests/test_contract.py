@@ -108,6 +108,10 @@ class TestPrefill:
     def test_grouped_queries_equal_repeated_keys(self, slug):
         x = inputs()
         method = sparse_setting(slug)
+        if method.shares_group:
+            mask = pattern_of(method, x).mask().expand(1, 6, -1, -1).unflatten(1, (2, 3))
+            assert torch.equal(mask, mask[:, :, :1].expand_as(mask))
+            return
         repeated = AttentionInputs(
             x.q, x.k.repeat_interleave(3, 1), x.v.repeat_interleave(3, 1), x.scale, x.layer
         )

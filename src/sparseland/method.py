@@ -264,10 +264,13 @@ class PrefillMethod(Method):
         looks_ahead: whether the pairs of a query may depend on later tokens of the same call, as in
             every method that estimates from the prompt's last queries. Values never leak, positions may.
         chunkable: whether a prompt fed in pieces computes the same pairs as in one call.
+        shares_group: whether the query heads of a key head take one selection together, so that the pairs
+            depend on which heads share keys.
     """
 
     looks_ahead: ClassVar[bool] = True
     chunkable: ClassVar[bool] = False
+    shares_group: ClassVar[bool] = False
 
     @property
     def roles(self) -> frozenset[Role]:

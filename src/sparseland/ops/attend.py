@@ -7,7 +7,14 @@ from typing import overload
 from jaxtyping import Float
 from torch import Tensor
 
-from sparseland.patterns import BlockColumnPattern, BlockPattern, ColumnPattern, Pattern, WindowPattern
+from sparseland.patterns import (
+    BlockColumnPattern,
+    BlockPattern,
+    ColumnPattern,
+    Pattern,
+    TokenBlockPattern,
+    WindowPattern,
+)
 
 
 @overload
@@ -60,4 +67,8 @@ def attend(
             from sparseland.ops.column_sparse_attention import block_column_attention
 
             return block_column_attention(q, k, v, pattern, **options)  # type: ignore[arg-type]
+        case TokenBlockPattern():
+            from sparseland.ops.token_block_attention import token_block_attention
+
+            return token_block_attention(q, k, v, pattern, **options)  # type: ignore[arg-type]
     raise TypeError(f"no op computes a {type(pattern).__name__}")
