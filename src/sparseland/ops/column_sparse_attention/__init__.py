@@ -4,7 +4,9 @@ For verticals and stripes, and for MInference's vertical-slash heads (blocks + c
 
 - ``cpu``: listed keys gathered in batches for PyTorch's CPU flash kernel;
 - ``triton``: one kernel for blocks and columns;
-- ``reference``: all scores and a mask; the only one with a backward.
+- ``reference``: all scores and a mask.
+
+All are differentiable; ``cpu`` and ``triton`` share a backward in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ from sparseland.ops._dispatch import (
     why_no_triton,
 )
 from sparseland.ops.column_sparse_attention import reference
-from sparseland.patterns import BlockColumnPattern, ColumnPattern, Pattern, cdiv
+from sparseland.patterns import BlockColumnPattern, BlockPattern, ColumnPattern, cdiv, unexpanded
 
 _HERE = "sparseland.ops.column_sparse_attention"
 
 
 def _why_no_triton(q: Tensor, block_size: int) -> str | None:
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it needs bfloat16, float16 or float32, got {q.dtype}"
     if block_size < 16 or block_size & (block_size - 1):
         return f"block size {block_size} is no power of two of 16 or more"
     if q.shape[3] > 256:
@@ -94,11 +98,11 @@ def column_sparse_attention(
 
     Returns:
         The output ``[B, Hq, Nq, D]``; with ``return_lse`` also the log-sum-exp ``[B, Hq, Nq]`` (float32,
-        natural log). A row that sees no key gives 0 and ``-inf``.
+        natural log). A row that sees no key gives 0 and ``-inf``. Both carry gradients to q, k and v.
 
     Raises:
-        SparselandError: shapes, dtypes, devices or the pattern don't fit, the requested backend can't
-            run the input, or (at ``backward()``) the backend has no gradient.
+        SparselandError: shapes, dtypes, devices or the pattern don't fit, the scale is not positive, or
+            the requested backend can't run the input.
     """
     return _attention("column_sparse_attention", q, k, v, pattern, scale, return_lse, backend)
 
@@ -139,8 +143,8 @@ def block_column_attention(
     """Softmax attention of each query block to its listed key blocks and single keys, causal per query.
 
     One softmax over both. No key may be in a list of both kinds for one query block
-    (:meth:`~sparseland.patterns.BlockColumnPattern.of` sees to it), else it counts twice. Blocks and
-    columns have one block size.
+    (:meth:`~sparseland.patterns.BlockColumnPattern.of` sees to it), else it counts twice. The columns'
+    block size is the blocks' or a multiple of it.
 
     Source: Jiang et al. 2024, "MInference 1.0", section 3.2 and appendix C (vertical-slash kernel).
     Arguments, results and errors are those of :func:`column_sparse_attention`.
@@ -160,37 +164,63 @@ def _attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     check_attention_shapes(q, k, v)
     columns = pattern.columns if isinstance(pattern, BlockColumnPattern) else pattern
-    _check_lists(op, q, k, pattern, columns.counts, columns.block_size)
+    column_counts, column_indices = _checked_lists(op, q, k, columns)
     if isinstance(pattern, BlockColumnPattern):
-        _check_lists(op, q, k, pattern, pattern.blocks.counts, pattern.blocks.block_size)
-        if pattern.blocks.block_size != columns.block_size:
-            sizes = f"{pattern.blocks.block_size} and {columns.block_size}"
-            raise SparselandError(f"{op}: blocks and columns must have one block size, got {sizes}")
-        block_counts, block_indices = pattern.blocks.counts, pattern.blocks.indices
+        block_size = pattern.blocks.block_size
+        block_counts, block_indices = _checked_lists(op, q, k, pattern.blocks)
+        if columns.block_size % block_size:
+            raise SparselandError(
+                f"{op}: the columns' block size must be a multiple of the blocks', "
+                f"got {columns.block_size} and {block_size}"
+            )
     else:
-        block_counts = torch.zeros_like(columns.counts)
-        block_indices = columns.indices.new_empty((*columns.counts.shape, 0))
+        block_size = columns.block_size
+        block_counts = column_counts.new_zeros(1, 1, column_counts.shape[2])
+        block_indices = column_indices.new_empty(1, 1, column_counts.shape[2], 0)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    chosen = choose(op, BACKENDS, backend, q, columns.block_size)
+    if not scale > 0:
+        raise SparselandError(f"{op}: scale must be > 0, got {scale}")
+    chosen = choose(op, BACKENDS, backend, q, block_size)
     if chosen.name == "reference":
         out, lse = reference.pattern_attention(q, k, v, pattern, scale)
     else:
-        lists = (block_counts, block_indices, columns.counts, columns.indices)
-        out, lse = _block_column_attention(q, k, v, columns.block_size, *lists, scale, chosen.name)
+        lists = (block_counts, block_indices, column_counts, column_indices)
+        out, lse = _block_column_attention(
+            q, k, v, block_size, columns.block_size, *lists, scale, chosen.name
+        )
     return (out, lse) if return_lse else out
 
 
-def _check_lists(
-    op: str, q: Tensor, k: Tensor, pattern: Pattern, counts: Int[Tensor, "b h Mq"], block_size: int
-) -> None:
+def _checked_lists(
+    op: str, q: Tensor, k: Tensor, pattern: BlockPattern | ColumnPattern
+) -> tuple[Int[Tensor, "b h M"], Int[Tensor, "b h M L"]]:
+    """The lists, held once where all heads or rows share them; or a clear error."""
     if (pattern.n_queries, pattern.n_keys) != (q.shape[2], k.shape[2]):
         raise SparselandError(
             f"{op}: the pattern is for {pattern.n_queries} queries of {pattern.n_keys} keys, "
             f"the input has {q.shape[2]} of {k.shape[2]}"
         )
-    B, Hq, Mq = q.shape[0], q.shape[1], cdiv(q.shape[2], block_size)
-    if counts.shape[0] not in (1, B) or counts.shape[1] not in (1, Hq) or counts.shape[2] != Mq:
-        raise SparselandError(f"{op}: lists are for {list(counts.shape)}, the input needs {[B, Hq, Mq]}")
+    counts, indices = pattern.counts, pattern.indices
+    B, Hq, M = q.shape[0], q.shape[1], cdiv(q.shape[2], pattern.block_size)
+    if (
+        counts.dim() != 3
+        or counts.shape[0] not in (1, B)
+        or counts.shape[1] not in (1, Hq)
+        or counts.shape[2] != M
+        or indices.shape[:-1] != counts.shape
+    ):
+        raise SparselandError(
+            f"{op}: lists are for {list(counts.shape)}, with indices {list(indices.shape)}; "
+            f"the input needs {[B, Hq, M]} (batch or heads may be 1), with indices a length longer"
+        )
+    if counts.dtype != torch.int32 or indices.dtype != torch.int32:
+        raise SparselandError(
+            f"{op}: counts and indices must be int32, got {counts.dtype} and {indices.dtype}"
+        )
+    if counts.device != q.device or indices.device != q.device:
+        raise SparselandError(f"{op}: the pattern is on {counts.device}, q on {q.device}")
+    counts, indices = unexpanded(counts, indices)
+    return counts, indices
 
 
 @torch.library.custom_op("sparseland::block_column_attention", mutates_args=())
@@ -199,6 +229,7 @@ def _block_column_attention(
     k: Tensor,
     v: Tensor,
     block_size: int,
+    column_size: int,
     block_counts: Tensor,
     block_indices: Tensor,
     column_counts: Tensor,
@@ -206,9 +237,12 @@ def _block_column_attention(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if q.numel() == 0 or not block_indices.shape[3] + column_indices.shape[3]:
+        # No pair at all: kernels need not know this case.
+        return q.new_zeros(q.shape), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
     module = next(b for b in BACKENDS if b.name == backend).load()
     out, lse = module.block_column_attention(
-        q, k, v, block_size, block_counts, block_indices, column_counts, column_indices, scale
+        q, k, v, block_size, column_size, block_counts, block_indices, column_counts, column_indices, scale
     )
     return out, lse
 
@@ -219,6 +253,7 @@ def _(
     k: Tensor,
     v: Tensor,
     block_size: int,
+    column_size: int,
     block_counts: Tensor,
     block_indices: Tensor,
     column_counts: Tensor,
@@ -229,14 +264,60 @@ def _(
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _name_backend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.backend = inputs[-1]
+@torch.library.custom_op("sparseland::block_column_attention_backward", mutates_args=())
+def _block_column_attention_backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_size: int,
+    column_size: int,
+    block_counts: Tensor,
+    block_indices: Tensor,
+    column_counts: Tensor,
+    column_indices: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from sparseland.ops.column_sparse_attention.backward import backward
+
+    lists = (block_counts, block_indices, column_counts, column_indices)
+    return backward(d_out, d_lse, q, k, v, out, lse, block_size, column_size, *lists, scale)
 
 
-def _backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
-    raise SparselandError(
-        f"attention over columns has no gradient with backend {ctx.backend!r}; backend='reference' has one"
+@_block_column_attention_backward.register_fake
+def _(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_size: int,
+    column_size: int,
+    block_counts: Tensor,
+    block_indices: Tensor,
+    column_counts: Tensor,
+    column_indices: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.block_size, ctx.column_size, *lists, ctx.scale, _ = inputs
+    ctx.save_for_backward(q, k, v, *output, *lists)
+
+
+def _gradients(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Any, ...]:
+    q, k, v, out, lse, *lists = ctx.saved_tensors
+    gradients = _block_column_attention_backward(
+        d_out, d_lse, q, k, v, out, lse, ctx.block_size, ctx.column_size, *lists, ctx.scale
     )
+    return (*gradients, *[None] * 8)
 
 
-_block_column_attention.register_autograd(_backward, setup_context=_name_backend)
+_block_column_attention.register_autograd(_gradients, setup_context=_save)

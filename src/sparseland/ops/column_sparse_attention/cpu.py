@@ -4,6 +4,9 @@ Query blocks (of all heads and rows) are sorted by the lengths of their lists; n
 go through PyTorch's CPU flash kernel together, as a batch of small dense attentions over gathered keys.
 A batch is cut so that its gathered keys stay in the cache and little of it is padding. The additive
 mask is one buffer of zeros that is touched only at keys that some row must not see.
+
+Equal lists are gathered once: query heads that share their lists are the heads of one small attention,
+and a column list of several query blocks is computed for all of them apart from the blocks, then merged.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparseland.ops.merge import merge_attention
 from sparseland.patterns import cdiv
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -24,66 +28,92 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BATCH_KEYS = 8192
 
 
-class _Lists(NamedTuple):
-    """The pattern's lists, one row per item: batch row, query head and query block in one dimension."""
-
-    block_counts: Int[Tensor, " I"]
-    block_indices: Int[Tensor, "I Lb"]
-    column_counts: Int[Tensor, " I"]
-    column_indices: Int[Tensor, "I Lc"]
-
-
 def block_column_attention(
     q: Float[Tensor, "B Hq Nq D"],
     k: Float[Tensor, "B Hkv Nk D"],
     v: Float[Tensor, "B Hkv Nk D"],
     block_size: int,
-    block_counts: Int[Tensor, "b h Mq"],
-    block_indices: Int[Tensor, "b h Mq Lb"],
-    column_counts: Int[Tensor, "b h Mq"],
-    column_indices: Int[Tensor, "b h Mq Lc"],
+    column_size: int,
+    block_counts: Int[Tensor, "b h M"],
+    block_indices: Int[Tensor, "b h M L"],
+    column_counts: Int[Tensor, "b h Mc"],
+    column_indices: Int[Tensor, "b h Mc Lc"],
     scale: float,
 ) -> tuple[Float[Tensor, "B Hq Nq D"], Float[Tensor, "B Hq Nq"]]:
     """Output and log-sum-exp. Extra memory: copies of q, k, v at most, and one batch of gathered keys."""
+    blocks, columns = (block_counts, block_indices), (column_counts, column_indices)
+    if column_size == block_size:
+        return _attend(q, k, v, block_size, blocks, columns, scale)
+    parts = [_attend(q, k, v, column_size, _none_like(columns), columns, scale)]
+    if block_indices.shape[3]:
+        parts.append(_attend(q, k, v, block_size, blocks, _none_like(blocks), scale))
+    return merge_attention(parts) if len(parts) > 1 else parts[0]
+
+
+def _none_like(lists: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Empty lists for all heads and rows."""
+    counts, indices = lists
+    M = counts.shape[2]
+    return counts.new_zeros(1, 1, M), indices.new_empty(1, 1, M, 0)
+
+
+class _Lists(NamedTuple):
+    """The lists, one row per item: batch row, head (or key head) and query block in one dimension."""
+
+    block_counts: Int[Tensor, " I"]
+    block_indices: Int[Tensor, "I L"]
+    column_counts: Int[Tensor, " I"]
+    column_indices: Int[Tensor, "I Lc"]
+
+
+def _attend(
+    q: Float[Tensor, "B Hq Nq D"],
+    k: Float[Tensor, "B Hkv Nk D"],
+    v: Float[Tensor, "B Hkv Nk D"],
+    size: int,
+    blocks: tuple[Int[Tensor, "b h M"], Int[Tensor, "b h M L"]],
+    columns: tuple[Int[Tensor, "b h M"], Int[Tensor, "b h M Lc"]],
+    scale: float,
+) -> tuple[Float[Tensor, "B Hq Nq D"], Float[Tensor, "B Hq Nq"]]:
     B, Hq, n_queries, D = q.shape
-    n_keys, groups = k.shape[2], Hq // k.shape[1]
-    Mq = cdiv(n_queries, block_size)
-    n_items = B * Hq * Mq
+    kv_heads, n_keys, M = k.shape[1], k.shape[2], cdiv(n_queries, size)
+    shared = blocks[0].shape[1] == columns[0].shape[1] == 1
+    # Query heads of an item, and items per key head.
+    G, per_key_head = (Hq // kv_heads, 1) if shared else (1, Hq // kv_heads)
+    n_items = B * (Hq // G) * M
     lists = _Lists(
-        *(
-            x.expand(B, Hq, *x.shape[2:]).reshape(n_items, *x.shape[3:])
-            for x in (block_counts, block_indices, column_counts, column_indices)
-        )
+        *(x.expand(B, Hq // G, *x.shape[2:]).reshape(n_items, *x.shape[3:]) for x in (*blocks, *columns))
     )
     item = torch.arange(n_items)
-    first_query = item % Mq * block_size + (n_keys - n_queries)
+    first_query = item % M * size + (n_keys - n_queries)
     # Where an item's key 0 lies in K as (B * Hkv * Nk, D).
-    first_row = item.div(Mq * groups, rounding_mode="floor") * n_keys
+    first_row = item.div(M * per_key_head, rounding_mode="floor") * n_keys
     k_rows, v_rows = k.reshape(-1, D), v.reshape(-1, D)
-    q_items = F.pad(q, (0, 0, 0, Mq * block_size - n_queries)).reshape(n_items, 1, block_size, D)
-    out = torch.empty(n_items, 1, block_size, D, dtype=q.dtype)
-    lse = torch.full((n_items, 1, block_size), -torch.inf)
+    padded = F.pad(q, (0, 0, 0, M * size - n_queries))
+    q_items = padded.reshape(B, -1, G, M, size, D).transpose(2, 3).reshape(n_items, G, size, D)
+    out = torch.empty(n_items, G, size, D, dtype=q.dtype)
+    lse = torch.full((n_items, G, size), -torch.inf)
 
-    rows = torch.arange(block_size)
-    batches = list(_batches(lists, block_size))
+    rows = torch.arange(size)
+    batches = list(_batches(lists, size))
     longest = max((len(batch.items) * batch.width for batch in batches), default=0)
     k_buffer, v_buffer = k_rows.new_empty(longest, D), k_rows.new_empty(longest, D)
-    zeros = k_rows.new_zeros(longest * block_size)
+    zeros = k_rows.new_zeros(longest * size)
     for batch in batches:
         items, n, width = batch.items, len(batch.items), batch.width
-        keys = _keys(batch, block_size, n_keys, lists)  # (n, W)
+        keys = _keys(batch, size, n_keys, lists)  # (n, W)
         source = (keys.clamp(max=n_keys - 1) + first_row[items, None]).flatten()
         k_batch = torch.index_select(k_rows, 0, source, out=k_buffer[: n * width])
         v_batch = torch.index_select(v_rows, 0, source, out=v_buffer[: n * width])
-        mask = zeros[: n * block_size * width].view(n, 1, block_size, width)
+        mask = zeros[: n * size * width].view(n, 1, size, width)
         query = first_query[items, None, None] + rows[:, None]  # (n, R, 1)
         spans = _hidden_spans(keys, first_query[items, None], batch.padding)
         for span in spans:
             mask[:, 0, :, span].masked_fill_(keys[:, None, span] > query, -torch.inf)
         out[items], lse[items] = _flash(
             q_items[items],
-            k_batch.view(n, 1, width, D),
-            v_batch.view(n, 1, width, D),
+            k_batch.view(n, 1, width, D).expand(-1, G, -1, -1),
+            v_batch.view(n, 1, width, D).expand(-1, G, -1, -1),
             attn_mask=mask,
             scale=scale,
         )
@@ -92,9 +122,10 @@ def block_column_attention(
 
     out[lists.block_counts + lists.column_counts == 0] = 0.0
     # Rows before the first listed key see nothing: the kernel gives them 0, and 0 as log-sum-exp too.
-    first_key = _first_key(block_size, n_keys, lists)
+    first_key = _first_key(size, n_keys, lists)
     lse.masked_fill_((first_query[:, None] + rows < first_key[:, None])[:, None], -torch.inf)
-    out, lse = out.view(B, Hq, -1, D), lse.view(B, Hq, -1)
+    out = out.view(B, -1, M, G, size, D).transpose(2, 3).reshape(B, Hq, -1, D)
+    lse = lse.view(B, -1, M, G, size).transpose(2, 3).reshape(B, Hq, -1)
     return out[:, :, :n_queries].contiguous(), lse[:, :, :n_queries].contiguous()
 
 

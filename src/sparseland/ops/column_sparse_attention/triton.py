@@ -1,9 +1,14 @@
-"""Blocks and columns in one Triton kernel: forward, one program per tile of queries and query head.
+"""Blocks and columns in one Triton kernel: one program per query tile and head walks both of its lists.
 
-A program first walks over its listed blocks, then over its listed columns in gathered tiles, with one
-running softmax. Both are the same loop over vectors of key positions. Lists ascend, so the keys that
-need a causal test come last: each list is cut where they begin, and the part before runs without one.
+A program takes its listed blocks first (the walk of block-sparse attention), then its listed columns in
+gathered tiles, with one running softmax. Lists ascend, so the keys that need a causal test come last: each
+list is cut where they begin, and the part before runs without a test; columns wholly in the tile's future
+(a list that several query blocks share has some) are cut off. The next tile's positions are loaded one step
+ahead, so that the loads of keys and values, which depend on them, can be pipelined. Programs of one head run
+side by side (its keys and values stay in the L2 cache), those with the most keys first.
 """
+
+# mypy: ignore-errors
 
 from __future__ import annotations
 
@@ -13,138 +18,174 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_LOG2E = 1.4426950408889634
+from sparseland.ops.block_sparse_attention.triton import (
+    LN2,
+    LOG2E,
+    Tile,
+    first_fitting,
+    last_dim_dense,
+    load_rows,
+    longest_first,
+    padded,
+    rows_of,
+)
+from sparseland.ops.block_sparse_attention.triton import (
+    _attend as walk_blocks,
+)
+
+# Sizes that change from call to call: compiling again where one happens to divide by 16 would gain nothing.
+UNSPECIALIZED = (
+    "stride_bb", "stride_bh", "stride_bm", "stride_cb", "stride_ch", "stride_cm", "stride_nb", "stride_nh",
+    "stride_ob", "stride_oh", "stride_tb", "stride_th", "H", "G", "Nq", "Nk", "share",
+)  # fmt: skip
+
+# By padded head dimension and query rows of a tile (a block's, 128 at most), preferred first; the first that
+# fits the device's shared memory is used. BN counts gathered columns; tiles of blocks are no larger than a
+# block. ``tma`` is about the blocks: gathered rows have no descriptor before Blackwell.
+TILES = {
+    (64, 128): (Tile(128, 128, 8, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)),
+    (64, 64): (Tile(64, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)),
+    (64, 32): (Tile(32, 128, 4, 3), Tile(32, 64, 4, 3), Tile(32, 32, 4, 1)),
+    (64, 16): (Tile(16, 128, 4, 3), Tile(16, 64, 4, 2), Tile(16, 32, 4, 1)),
+    (128, 128): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)),
+    (128, 64): (Tile(64, 128, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)),
+    (128, 32): (Tile(32, 128, 4, 2), Tile(32, 64, 4, 3), Tile(32, 32, 4, 1)),
+    (128, 16): (Tile(16, 64, 4, 3), Tile(16, 32, 4, 1)),
+    (256, 128): (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),
+    (256, 64): (Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)),
+    (256, 32): (Tile(32, 64, 4, 2), Tile(32, 32, 4, 1)),
+    (256, 16): (Tile(16, 64, 4, 2), Tile(16, 32, 4, 1)),
+}  # fmt: skip
+# fp32 products use no tensor cores here (they would round to tf32), and larger tiles only spill registers.
+FULL_PRECISION = (Tile(32, 32, 8, 1), Tile(16, 16, 4, 1))
+
+# Behind the last position of a list: a key in every query's future (positions fit into int32).
+NONE = tl.constexpr(2147483647)
 
 
 @triton.jit
-def _add_keys(
-    b_o, b_m, b_l, b_q, k_base, v_base, stride_kn, stride_vn, i_k, i_q, i_d, n_keys, D, scale_log2,
-    MASKED: tl.constexpr, PADDED: tl.constexpr,
+def _gather(
+    x, i_k, stride, Nk, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the keys at positions ``i_k [BN]`` to the running output, maximum (base 2) and sum.
-
-    MASKED hides the future; a position of ``n_keys`` or more is no key.
-    """
-    i_kn = i_k.to(tl.int64)[:, None]
-    if MASKED:
-        b_load = (i_k < n_keys)[:, None]
-        if PADDED:
-            b_load = b_load & (i_d < D)[None, :]
-        b_k = tl.load(k_base + i_kn * stride_kn + i_d[None, :], mask=b_load, other=0.0)
-        b_v = tl.load(v_base + i_kn * stride_vn + i_d[None, :], mask=b_load, other=0.0)
-    elif PADDED:
-        b_load = (i_d < D)[None, :]
-        b_k = tl.load(k_base + i_kn * stride_kn + i_d[None, :], mask=b_load, other=0.0)
-        b_v = tl.load(v_base + i_kn * stride_vn + i_d[None, :], mask=b_load, other=0.0)
-    else:
-        b_k = tl.load(k_base + i_kn * stride_kn + i_d[None, :])
-        b_v = tl.load(v_base + i_kn * stride_vn + i_d[None, :])
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
-    if MASKED:
-        b_s = tl.where(i_q[:, None] >= i_k[None, :], b_s, float("-inf"))
-    b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-    if MASKED:
-        # A row may have seen nothing so far: keep -inf - (-inf) out.
-        b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
-    else:
-        b_shift = b_m_new
-    b_decay = tl.exp2(b_m - b_shift)
-    b_p = tl.exp2(b_s - b_shift[:, None])
-    b_l = b_l * b_decay + tl.sum(b_p, 1)
-    b_o = b_o * b_decay[:, None]
-    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision="ieee")
-    return b_o, b_m_new, b_l
-
-
-@triton.jit
-def _count_before(indices, count, limit, BC: tl.constexpr):
-    """How many of the ascending ``indices[:count]`` are below ``limit``."""
-    total = 0
-    for i_start in range(0, count, BC):
-        i_c = i_start + tl.arange(0, BC)
-        b_index = tl.load(indices + i_c, mask=i_c < count, other=2147483647)
-        total += tl.sum((b_index < limit).to(tl.int32), 0)
-    return total
-
-
-@triton.jit
-def _forward(
-    q, k, v, o, lse, block_counts, block_indices, column_counts, column_indices,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_bb, stride_bh, stride_cb, stride_ch,
-    Hq, Hkv, n_queries, n_keys, D, Mq, Lb, Lc, scale_log2,
-    BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    # The longest programs first: late queries list most keys.
-    i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_bh = tl.program_id(1)
-    i_b = (i_bh // Hq).to(tl.int64)
-    i_h = (i_bh % Hq).to(tl.int64)
-    i_hkv = i_h // (Hq // Hkv)
-    i_row = i_m * BM + tl.arange(0, BM)
-    first = i_m * BM + n_keys - n_queries
-    i_q = i_row + n_keys - n_queries
+    """The rows ``i_k [BN]`` of one head as a [BN, BD] tile; MASKED: those at Nk or later are 0."""
     i_d = tl.arange(0, BD)
-    b_rows = i_row < n_queries
-    b_io = b_rows[:, None]
-    if PADDED:
-        b_io = b_io & (i_d < D)[None, :]
-    q_base = q + i_b * stride_qb + i_h * stride_qh
-    b_q = tl.load(q_base + i_row[:, None].to(tl.int64) * stride_qn + i_d[None, :], mask=b_io, other=0.0)
-    k_base = k + i_b * stride_kb + i_hkv * stride_kh
-    v_base = v + i_b * stride_vb + i_hkv * stride_vh
+    p_x = x + i_k.to(tl.int64)[:, None] * stride + i_d[None, :]
+    if MASKED:
+        b_x = tl.load(p_x, mask=(i_k < Nk)[:, None] & (i_d < D)[None, :], other=0.0)
+    elif D == BD:
+        b_x = tl.load(p_x)
+    else:
+        b_x = tl.load(p_x, mask=(i_d < D)[None, :], other=0.0)
+    return b_x
 
-    b_o = tl.zeros([BM, BD], dtype=tl.float32)
-    b_m = tl.full([BM], float("-inf"), dtype=tl.float32)
-    b_l = tl.zeros([BM], dtype=tl.float32)
+
+@triton.jit
+def _walk_columns(
+    acc, b_m, b_l, b_q, k, v, stride_kn, stride_vn, columns, start, stop, count, position, Nk, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the columns [start, stop) of ``columns[:count]``, BN at a time."""
     i_n = tl.arange(0, BN)
+    b_next = tl.load(columns + start + i_n, mask=start + i_n < count, other=NONE)
+    for i in range(start, stop, BN):
+        i_k = b_next
+        b_k = _gather(k, i_k, stride_kn, Nk, D, BD, MASKED)
+        b_v = _gather(v, i_k, stride_vn, Nk, D, BD, MASKED)
+        b_next = tl.load(columns + i + BN + i_n, mask=i + BN + i_n < count, other=NONE)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        if MASKED:
+            b_s = tl.where(position[:, None] >= i_k[None, :], b_s, float("-inf"))
+            b_max = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
+            # A row that has seen nothing yet: exp2(-inf - 0) = 0 where exp2(-inf + inf) is NaN.
+            b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
+        else:
+            b_max = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
+            b_shift = b_max
+        b_p = tl.exp2(b_s * scale_log2 - b_shift[:, None])
+        b_alpha = tl.exp2(b_m - b_shift)
+        b_l = b_l * b_alpha + tl.sum(b_p, 1)
+        acc = tl.dot(b_p.to(b_v.dtype), b_v, acc * b_alpha[:, None], input_precision="ieee")
+        b_m = b_max
+    return acc, b_m, b_l
 
-    # Strides of the lists count query blocks; they are 0 where all heads or rows share a list.
-    i_list = i_b * stride_bb + i_h * stride_bh + i_m * BM // BLOCK
-    block_list = block_indices + i_list * Lb
-    n_blocks = tl.load(block_counts + i_list)
-    # One tile per turn, not one block: what a turn loads is what the pipeline keeps in shared memory.
-    PARTS: tl.constexpr = BLOCK // BN
-    # Blocks that end at or before the first query: (index + 1) * BLOCK <= first + 1.
-    n_seen = _count_before(block_list, n_blocks, (first + 1) // BLOCK, 128)
-    for i in range(0, n_seen * PARTS):
-        i_k = tl.load(block_list + i // PARTS) * BLOCK + i % PARTS * BN + i_n
-        b_o, b_m, b_l = _add_keys(
-            b_o, b_m, b_l, b_q, k_base, v_base, stride_kn, stride_vn, i_k, i_q, i_d,
-            n_keys, D, scale_log2, False, PADDED,
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _forward_kernel(
+    q, k, v, out, lse, block_counts, block_indices, column_counts, column_indices, order,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_bb, stride_bh, stride_tb, stride_th, stride_bm, stride_cb, stride_ch, stride_nb, stride_nh,
+    stride_cm, stride_ob, stride_oh,
+    H, G, Nq, Nk, share, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BB: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """BB: keys of a tile of blocks. Strides: b and t of block counts and lists, c and n of columns'."""
+    # Query tiles run fastest: programs that are alive together share one head's keys and values.
+    i_t, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_hk = i_h // G
+    i_block = tl.load(order + i_b * stride_ob + i_h * stride_oh + i_t // (BS // BM))
+    m0 = i_block * BS + i_t % (BS // BM) * BM
+    if m0 >= Nq:
+        return
+
+    i_m = m0 + tl.arange(0, BM)
+    i_d = tl.arange(0, BD)
+    b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, m0, stride_qn, Nq, D, BD, False, BM, True)
+    k += i_b * stride_kb + i_hk * stride_kh
+    v += i_b * stride_vb + i_hk * stride_vh
+    first = m0 + Nk - Nq
+    position = first + tl.arange(0, BM)
+    acc = tl.zeros([BM, BD], tl.float32)
+    b_m = tl.full([BM], float("-inf"), tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+
+    if BLOCKS:
+        blocks = block_indices + i_b * stride_tb + i_h * stride_th + i_block.to(tl.int64) * stride_bm
+        count = tl.load(block_counts + i_b * stride_bb + i_h * stride_bh + i_block)
+        # Blocks before `visible` are wholly visible to every row of the tile; the others end the list.
+        visible = (first + 1) // BS
+        whole = count
+        while tl.load(blocks + whole - 1, mask=whole > 0, other=-1) >= visible:
+            whole -= 1
+        PARTS: tl.constexpr = BS // BB
+        k_blocks = rows_of(k, 0, stride_kn, Nk, D, BD, TMA, BB)
+        v_blocks = rows_of(v, 0, stride_vn, Nk, D, BD, TMA, BB)
+        acc, b_m, b_l = walk_blocks(
+            acc, b_m, b_l, b_q, k_blocks, v_blocks, stride_kn, stride_vn, blocks, 0, whole * PARTS, position,
+            Nk, scale_log2, D, BD, BS, BB, False, TMA,
         )  # fmt: skip
-    for i in range(n_seen * PARTS, n_blocks * PARTS):
-        i_k = tl.load(block_list + i // PARTS) * BLOCK + i % PARTS * BN + i_n
-        b_o, b_m, b_l = _add_keys(
-            b_o, b_m, b_l, b_q, k_base, v_base, stride_kn, stride_vn, i_k, i_q, i_d,
-            n_keys, D, scale_log2, True, PADDED,
+        acc, b_m, b_l = walk_blocks(
+            acc, b_m, b_l, b_q, k_blocks, v_blocks, stride_kn, stride_vn, blocks, whole * PARTS,
+            count * PARTS, position, Nk, scale_log2, D, BD, BS, BB, True, TMA,
         )  # fmt: skip
 
-    i_list = i_b * stride_cb + i_h * stride_ch + i_m * BM // BLOCK
-    column_list = column_indices + i_list * Lc
-    n_columns = tl.load(column_counts + i_list)
-    n_seen = _count_before(column_list, n_columns, first + 1, 128) // BN * BN
-    for i in range(0, n_seen, BN):
-        i_k = tl.load(column_list + i + i_n)
-        b_o, b_m, b_l = _add_keys(
-            b_o, b_m, b_l, b_q, k_base, v_base, stride_kn, stride_vn, i_k, i_q, i_d,
-            n_keys, D, scale_log2, False, PADDED,
+    if COLUMNS:
+        i_list = i_block // share
+        columns = column_indices + i_b * stride_nb + i_h * stride_nh + i_list.to(tl.int64) * stride_cm
+        count = tl.load(column_counts + i_b * stride_cb + i_h * stride_ch + i_list)
+        stop = (count + BN - 1) // BN * BN
+        while tl.load(columns + stop - BN, mask=stop > 0, other=-1) > first + BM - 1:
+            stop -= BN
+        seen = tl.minimum(stop, count // BN * BN)
+        while tl.load(columns + seen - 1, mask=seen > 0, other=-1) > first:
+            seen -= BN
+        acc, b_m, b_l = _walk_columns(
+            acc, b_m, b_l, b_q, k, v, stride_kn, stride_vn, columns, 0, seen, count, position, Nk,
+            scale_log2, D, BD, BN, False,
         )  # fmt: skip
-    for i in range(n_seen, n_columns, BN):
-        # Positions fit into int32, so its largest value is a key in every query's future.
-        i_k = tl.load(column_list + i + i_n, mask=i + i_n < n_columns, other=2147483647)
-        b_o, b_m, b_l = _add_keys(
-            b_o, b_m, b_l, b_q, k_base, v_base, stride_kn, stride_vn, i_k, i_q, i_d,
-            n_keys, D, scale_log2, True, PADDED,
+        acc, b_m, b_l = _walk_columns(
+            acc, b_m, b_l, b_q, k, v, stride_kn, stride_vn, columns, seen, stop, count, position, Nk,
+            scale_log2, D, BD, BN, True,
         )  # fmt: skip
 
-    b_empty = b_l == 0.0
-    b_sum = tl.where(b_empty, 1.0, b_l)
-    b_o = b_o / b_sum[:, None]
-    b_lse = tl.where(b_empty, float("-inf"), (b_m + tl.log2(b_sum)) * 0.6931471805599453)
-    o_base = o + (i_b * Hq + i_h) * n_queries * D
-    tl.store(o_base + i_row[:, None].to(tl.int64) * D + i_d[None, :], b_o.to(o.dtype.element_ty), mask=b_io)
-    tl.store(lse + (i_b * Hq + i_h) * n_queries + i_row, b_lse, mask=b_rows)
+    got = b_l > 0
+    b_l = tl.where(got, b_l, 1.0)
+    b_o = acc / b_l[:, None]
+    b_lse = tl.where(got, (b_m + tl.log2(b_l)) * LN2, float("-inf"))
+    i_row = (i_b * H + i_h) * Nq + m0
+    out += i_row * D + tl.arange(0, BM)[:, None] * D + i_d[None, :]
+    tl.store(out, b_o.to(out.dtype.element_ty), mask=(i_m < Nq)[:, None] & (i_d < D)[None, :])
+    tl.store(lse + i_row + tl.arange(0, BM), b_lse, mask=i_m < Nq)
 
 
 def block_column_attention(
@@ -152,38 +193,49 @@ def block_column_attention(
     k: Float[Tensor, "B Hkv Nk D"],
     v: Float[Tensor, "B Hkv Nk D"],
     block_size: int,
-    block_counts: Int[Tensor, "b h Mq"],
-    block_indices: Int[Tensor, "b h Mq Lb"],
-    column_counts: Int[Tensor, "b h Mq"],
-    column_indices: Int[Tensor, "b h Mq Lc"],
+    column_size: int,
+    block_counts: Int[Tensor, "b h M"],
+    block_indices: Int[Tensor, "b h M L"],
+    column_counts: Int[Tensor, "b h Mc"],
+    column_indices: Int[Tensor, "b h Mc Lc"],
     scale: float,
+    tiles: tuple[Tile, ...] | None = None,
 ) -> tuple[Float[Tensor, "B Hq Nq D"], Float[Tensor, "B Hq Nq"]]:
-    """Output and log-sum-exp. Deterministic: each program owns its rows."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    lists = [x.contiguous() for x in (block_counts, block_indices, column_counts, column_indices)]
-    B, Hq, n_queries, D = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    BD = max(16, triton.next_power_of_2(D))
-    BM, BN, warps, stages = _tile_sizes(block_size, BD, q.dtype)
-    _forward[(triton.cdiv(n_queries, BM), B * Hq)](
-        q, k, v, out, lse, *lists,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *_list_strides(lists[0]), *_list_strides(lists[2]),
-        Hq, k.shape[1], n_queries, k.shape[2], D, lists[0].shape[2], lists[1].shape[3], lists[3].shape[3],
-        scale * _LOG2E,
-        BLOCK=block_size, BM=BM, BN=BN, BD=BD, PADDED=BD != D, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    """Output and log-sum-exp. Deterministic: each program owns its rows. ``tiles`` replaces the table."""
+    B, H, Nq, D = q.shape
+    Nk, M = k.shape[2], block_counts.shape[2]
+    q, k, v, block_indices, column_indices = (
+        last_dim_dense(t) for t in (q, k, v, block_indices, column_indices)
+    )
+    block_counts, column_counts = block_counts.contiguous(), column_counts.contiguous()
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    share, BD = column_size // block_size, padded(D)
+    has_blocks, has_columns = block_indices.shape[3] > 0, column_indices.shape[3] > 0
+    of_columns = column_counts.repeat_interleave(share, 2)[:, :, :M] if share > 1 else column_counts
+    order = longest_first(block_counts * block_size + of_columns).expand(B, H, -1)
+    lists = [
+        t.expand(B, H, *t.shape[2:]) for t in (block_counts, block_indices, column_counts, column_indices)
+    ]
+
+    def launch(tile: Tile) -> None:
+        BM, BB = min(tile.BM, block_size), min(tile.BN, block_size)
+        _forward_kernel[(M * (block_size // BM), H, B)](
+            q, k, v, out, lse, *lists, order, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *lists[0].stride()[:2], *lists[1].stride()[:3], *lists[2].stride()[:2], *lists[3].stride()[:3],
+            *order.stride()[:2], H, H // k.shape[1], Nq, Nk, share, scale * LOG2E.value,
+            D, BD, block_size, BM, tile.BN, BB, has_blocks, has_columns, tile.tma,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    key = ("columns", D, block_size, q.dtype, has_blocks, has_columns)
+    # Tiles are cut to the block here, not by `first_fitting`: only blocks bound the keys of a tile.
+    first_fitting(key, tiles or preferred(q, block_size), 1 << 30, q, launch)
     return out, lse
 
 
-def _list_strides(counts: Int[Tensor, "b h Mq"]) -> tuple[int, int]:
-    return tuple(0 if counts.shape[d] == 1 else counts.stride(d) for d in (0, 1))
-
-
-def _tile_sizes(block_size: int, BD: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """BM, BN (both divide the block size), warps, stages."""
-    if dtype == torch.float32 or BD > 128:
-        return min(block_size, 64), min(block_size, 32), 4, 2
-    rows = min(block_size, 128)
-    return rows, min(block_size, 64), 8 if rows * BD > 128 * 64 else 4, 3
+def preferred(q: Tensor, block_size: int) -> tuple[Tile, ...]:
+    """The tiles to try for these queries and this block size, the best first."""
+    if q.dtype == torch.float32:
+        return FULL_PRECISION
+    return TILES[max(padded(q.shape[3]), 64), min(block_size, 128)]
