@@ -14,9 +14,10 @@ from sparseland.method import Card, PrefillMethod
 from sparseland.models import attention as models_attention
 from sparseland.models import rope as rope_module
 from sparseland.models.capture import capture_qkv
-from sparseland.models.rope import NoRope, RotaryRope, find_ropes, turn, turn_back
+from sparseland.models.rope import NoRope, RotaryRope, find_ropes
 from sparseland.models.surgery import attention_layers
 from sparseland.models.tiny import TINY_ARCHITECTURES, tiny_model
+from sparseland.ops.rotary import turn, turn_back
 from sparseland.patterns import WindowPattern
 
 SUPPORTED = sorted(set(TINY_ARCHITECTURES) - {"gemma2", "gpt_oss"})

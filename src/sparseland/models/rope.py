@@ -1,14 +1,8 @@
 """Queries and keys before RoPE: a decoder's own rotary embedding, undone and redone.
 
-A rotary module gives ``(cos, sin) [1, n, R]``, the two halves of the last dimension equal, times a factor
-(YaRN's attention scaling). The model computes, for channels ``r < R / 2`` and ``r' = r + R / 2``::
-
-    y_r  = x_r cos - x_r' sin          x_r  = (y_r cos + y_r' sin) / (cos^2 + sin^2)
-    y_r' = x_r' cos + x_r sin          x_r' = (y_r' cos - y_r sin) / (cos^2 + sin^2)
-
-and passes on channels from R on. Dividing by ``cos^2 + sin^2`` takes out the factor, and what rounding to
-bfloat16 does to the length. Which rotary module a layer uses, and whether it uses any, is found by
-trying: what comes back must be what the layer's own projections gave.
+A rotary module gives ``(cos, sin) [1, n, R]``, the two halves of the last dimension equal. Which one a layer
+uses, and whether it uses any, is found by trying: what comes back must be what the layer's own projections
+gave.
 """
 
 from __future__ import annotations
@@ -28,6 +22,7 @@ from sparseland.models.attention import switched, tiny_ids
 from sparseland.models.masks import MaskSpec
 from sparseland.models.surgery import attention_layers, decoder_of
 from sparseland.ops.attend import attend
+from sparseland.ops.rotary import turn, turn_back
 from sparseland.patterns import WindowPattern
 
 # Types whose frequencies change with the length: keys in a cache were turned by other angles than new ones.
@@ -96,21 +91,6 @@ class NoRope:
 
     def tables(self, n: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
-
-
-def turn(x: Float[Tensor, "*B n D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "*B n D"]:
-    """Rotate the first R channels by ``cos, sin [.., n, R / 2]``, computed in float32."""
-    half = cos.shape[-1]
-    a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
-    c, s = cos.float(), sin.float()
-    return torch.cat(((a * c - b * s).to(x.dtype), (b * c + a * s).to(x.dtype), rest), dim=-1)
-
-
-def turn_back(x: Float[Tensor, "*B n D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "*B n D"]:
-    """The inverse of :func:`turn`."""
-    c, s = cos.float(), sin.float()
-    size = c * c + s * s
-    return turn(x, c / size, -s / size)
 
 
 def find_ropes(model: nn.Module) -> dict[int, RotaryRope | NoRope]:
