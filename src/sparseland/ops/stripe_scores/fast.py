@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparseland.ops.block_scores import mean_pool
+from sparseland.ops.compact import compact
 from sparseland.ops.stripe_scores.areas import (
     LEVELS,
     fitting_level,
@@ -114,18 +115,3 @@ def _lists(
         totals = torch.stack([(margin <= levels[level]).sum(-1) for level in range(LEVELS)], -1)
         chosen = margin <= levels[fitting_level(totals, limit)][..., None]
     return compact(chosen, limit)
-
-
-def compact(
-    chosen: Bool[Tensor, "*batch n"], limit: int
-) -> tuple[Int[Tensor, "*batch"], Int[Tensor, "*batch L"]]:
-    """Ascending places of the True entries, the last ``limit`` of them; zeros behind."""
-    place = chosen.cumsum(-1, dtype=torch.int32)
-    count = place[..., -1:].clone()
-    place = place - 1 - (count - limit).clamp(min=0)
-    # Everything else goes to an extra place that is cut off again.
-    place = torch.where(chosen & (place >= 0), place, limit).long()
-    lists = torch.zeros(*chosen.shape[:-1], limit + 1, dtype=torch.int32, device=chosen.device)
-    key = torch.arange(chosen.shape[-1], dtype=torch.int32, device=chosen.device)
-    lists.scatter_(-1, place, key.expand(chosen.shape))
-    return count.squeeze(-1).clamp(max=limit), lists[..., :limit]

@@ -1,0 +1,129 @@
+"""The low-bit estimate in whole-tensor PyTorch: one product of small factors per piece, nothing N x N.
+
+The scales, the mean's share and the threshold are folded into the factors,
+``[scale s_i q4_i, 1, -T_i] . [s_j k4_j, c_j, 1]``, so that a piece of the product is the excess over the
+threshold and the largest over a tile's rows is all that is left to do. Where a CPU multiplies bfloat16
+natively the factors are bfloat16 (T and c as two summands each): they hold 4-bit numbers times a scale,
+and the rounding is a small part of what the 4 bits lost.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparseland.ops.lowbit_scores.tiles import KEYS, ROWS, n_tested, n_words, pack, tested
+from sparseland.patterns import cdiv
+
+# Bytes of scores held at once on a CPU (about what two cores' caches hold), and on a GPU.
+_CPU_BYTES = 3 << 20
+_GPU_BYTES = 1 << 28
+# Query blocks that go through one product.
+_BLOCKS = 4
+
+
+@cache
+def _half_products() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
+    probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.backends.mkldnn.is_available() and probe is not None and bool(probe())
+
+
+def tile_bits(
+    q: Float[Tensor, "B Hq Nq D"], k: Float[Tensor, "B Hkv Nk D"], tau: Float[Tensor, " Hq"], scale: float
+) -> Int[Tensor, "B Hq Mq W"]:
+    """Bits of the tested tiles; see the package."""
+    B, Hq, n_queries, D = q.shape
+    Hkv, n_keys = k.shape[1], k.shape[2]
+    groups = Hq // Hkv
+    blocks, device = cdiv(n_queries, ROWS), q.device
+    q_mean, k_mean = (x.mean(2, keepdim=True, dtype=torch.float32) for x in (q, k))
+    smooth = k - k_mean
+    threshold = _thresholds(q, smooth, scale) + tau.log()[:, None]  # [B, Hq, Nq]
+    q4, q_scale = quantize(q - q_mean)
+    k4, k_scale = quantize(smooth)
+    shift = (q_mean.reshape(B, Hkv, groups, D) @ smooth.mT).reshape(B, Hq, n_keys)  # c_j
+    # What can't be judged is kept: an infinite excess stands for it.
+    threshold = torch.where(q_scale.isfinite(), threshold, -torch.inf)
+    shift = shift.unflatten(1, (Hkv, groups))
+    shift = torch.where(k_scale.isfinite()[:, :, None] & shift.isfinite(), scale * shift, torch.inf)
+    rows = scale * q_scale.nan_to_num(0, 0, 0)[..., None] * q4
+    columns = (k_scale.nan_to_num(0, 0, 0)[..., None] * k4)[:, :, None].expand(B, Hkv, groups, n_keys, D)
+    dtype = torch.bfloat16 if device.type == "cpu" and _half_products() else torch.float32
+    left = _factors(rows, -threshold, dtype, first=False).reshape(B * Hq, n_queries, -1)
+    left = F.pad(left, (0, 0, 0, blocks * ROWS - n_queries))
+    right = _factors(columns, shift, dtype, first=True).reshape(B * Hq, n_keys, -1).mT
+
+    words = torch.zeros(B * Hq, blocks, n_words(n_queries, n_keys), dtype=torch.int32, device=device)
+    budget = (_CPU_BYTES if device.type == "cpu" else _GPU_BYTES) // left.element_size()
+    piece = max(KEYS, budget // (B * Hq * _BLOCKS * ROWS) // KEYS * KEYS)
+    scores = left.new_empty(B * Hq * _BLOCKS * ROWS * piece)
+    last = tested(n_queries, n_keys, device)
+    for u in range(0, blocks, _BLOCKS):
+        end = min(u + _BLOCKS, blocks)
+        count = n_tested(end - 1, n_queries, n_keys)
+        if count == 0:
+            continue
+        part = left[:, u * ROWS : end * ROWS]
+        best = left.new_empty(B * Hq, end - u, count * KEYS)
+        for j in range(0, count * KEYS, piece):
+            width = min(piece, count * KEYS - j)
+            shape = (B * Hq, part.shape[1], width)
+            out = scores[: part.shape[1] * width * B * Hq].view(shape)
+            torch.bmm(part, right[:, :, KEYS + j : KEYS + j + width], out=out)
+            torch.amax(out.unflatten(1, (-1, ROWS)), 2, out=best[:, :, j : j + width])
+        kept = best.unflatten(-1, (count, KEYS)).amax(-1) > 0
+        kept &= torch.arange(count, device=device) < last[u:end, None]
+        packed = pack(kept)
+        words[:, u:end, : packed.shape[-1]] = packed
+    return words.view(B, Hq, blocks, -1)
+
+
+def quantize(x: Float[Tensor, "*batch D"]) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch"]]:
+    """Whole numbers from -7 to 7 (as floats) and one scale per token; a token of zeros has scale 0."""
+    scale = x.abs().amax(-1) / 7
+    inverse = torch.where(scale > 0, scale, 1)[..., None]
+    return (x / inverse).round_().nan_to_num_(0, 0, 0).clamp_(-7, 7), scale
+
+
+def _thresholds(
+    q: Float[Tensor, "B Hq Nq D"], smooth: Float[Tensor, "B Hkv Nk D"], scale: float
+) -> Float[Tensor, "B Hq Nq"]:
+    """Log-sum-exp of the exact logits of each query's sink and local keys; -inf where that is no number."""
+    B, Hq, n_queries, D = q.shape
+    Hkv, n_keys = smooth.shape[1], smooth.shape[2]
+    keys = smooth.reshape(B * Hkv, n_keys, D)
+    result = q.new_empty(B, Hq, n_queries, dtype=torch.float32)
+    for block in range(cdiv(n_queries, ROWS)):
+        rows = q[:, :, block * ROWS : (block + 1) * ROWS].float() * scale
+        n = rows.shape[2]
+        end = n_keys - n_queries + block * ROWS + n
+        start = (1 + n_tested(block, n_queries, n_keys)) * KEYS
+        area = keys[:, :end] if start <= KEYS else torch.cat((keys[:, :KEYS], keys[:, start:end]), 1)
+        logits = torch.bmm(rows.reshape(B * Hkv, -1, D), area.mT)
+        # Only the last n keys can lie after a row.
+        future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+        logits.unflatten(1, (-1, n))[..., -n:].masked_fill_(future, -torch.inf)
+        result[:, :, block * ROWS : block * ROWS + n] = logits.logsumexp(-1).view(B, Hq, n)
+    return torch.where(result.isfinite(), result, -torch.inf)
+
+
+def _factors(
+    x: Float[Tensor, "*batch n D"], extra: Float[Tensor, "*batch n"], dtype: torch.dtype, *, first: bool
+) -> Float[Tensor, "*batch n E"]:
+    """``x`` with two more columns, ``extra`` and ones, in this order or the other.
+
+    In bfloat16 ``extra`` is two summands, so it takes two columns and so do the ones.
+    """
+    if dtype == torch.float32:
+        parts = [extra]
+    else:
+        high = extra.to(dtype).float()
+        parts = [high, torch.where(extra.isfinite(), extra - high, 0.0)]
+    ones = [torch.ones_like(extra)] * len(parts)
+    columns = parts + ones if first else ones + parts
+    return torch.cat((x.to(dtype), torch.stack(columns, -1).to(dtype)), -1)
