@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparseland.errors import SparselandError
 from sparseland.method import (
     AttentionInputs,
     Calibration,
@@ -189,6 +190,10 @@ class AttentionRuntime:
         if local or not mask.one_run or tracked is None:
             valid = None if mask.one_run or mask.valid is None else mask.valid[:, -k.shape[2] :]
             if valid is not None and tracked is not None and tracked.store is not None:
+                if self.store is not None and tracked.store.kept() < len(tracked.store):
+                    raise SparselandError(
+                        f"{self.store.card.slug} drops tokens and needs every row's padding on its left"
+                    )
                 k, v = tracked.store.dense()
             self._count_reads(q, k.shape[2], k.shape[2])
             return dense_decode(q, k, v, first_key=first, valid=valid, scale=scale)

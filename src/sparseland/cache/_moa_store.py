@@ -57,6 +57,8 @@ class SpanStore(KVStore):
         self._total += k.shape[2]
         if k.shape[2] > 1 or not self._rings:
             # Where the rows' padding ends is only known when the prompt is observed.
+            for ring in self._rings:
+                ring.check_continues()
             self._pending = (k, v)
             return
         for ring in self._rings:
@@ -192,6 +194,16 @@ class _Ring:
             return length + max(GROW_TOKENS, length // 16)
         n = length + self.new_tokens
         return self.rule.blocks(n, self.block_size) * self.block_size - self.sinks
+
+    def check_continues(self) -> None:
+        """Raise unless a prompt that comes now finds what its pattern reads of the past."""
+        for row, n in enumerate(self.lengths):
+            needed = (self.rule.blocks(n, self.block_size, up=False) - 1) * self.block_size - 1
+            if self.held[row] < min(needed, n - self.sinks) and not self.rule.full:
+                raise SparselandError(
+                    f"moa: the cache was decoded into further than new_tokens={self.new_tokens} (or cropped), "
+                    "so a later prompt would miss part of its windows; raise new_tokens"
+                )
 
     def extend(self, k: Tensor, v: Tensor, lengths: list[int]) -> None:
         """Take in a prompt: each row's newest tokens up to a length of ``lengths``."""
