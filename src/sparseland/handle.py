@@ -44,12 +44,15 @@ class LayerStats:
         density: computed / causal pairs per query head, prompts only (None if there was none).
         recall: attention mass kept per query head (None unless asked for).
         decode_density: cached tokens read / held while decoding (None if there was none).
+        select_s, attend_s: seconds of choosing and of computing the pairs of prompts (None unless asked for).
     """
 
     layer: int
     density: list[float] | None
     recall: list[float] | None
     decode_density: float | None
+    select_s: float | None = None
+    attend_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ def apply(
     calibration_ids: Int[Tensor, "B N"] | None = None,
     calibrations: dict[str, Calibration] | None = None,
     recall: bool = False,
+    timing: bool = False,
 ) -> Handle:
     """Make ``model`` sparse.
 
@@ -167,6 +171,7 @@ def apply(
             start of the default text, read with the model's own tokenizer.
         calibrations: earlier results by slug, used instead of calibrating.
         recall: also measure the attention mass that is kept (costs a dense pass).
+        timing: also measure the time of choosing and of computing a prompt's pairs (computes them twice).
 
     Raises:
         SparselandError: unknown method or value, methods that can't be combined, a model that is not
@@ -201,6 +206,7 @@ def apply(
             store=by_role.get("store"),  # type: ignore[arg-type]
             calibrations=found,
             measure_recall=recall,
+            measure_time=timing,
         )
         for i in layers
     }
@@ -403,7 +409,8 @@ def _layer_stats(layer: int, tally: Tally) -> LayerStats:
     if isinstance(tally.recall, Tensor):
         recall = (tally.recall / tally.queries).tolist()
     decode = float(tally.read) / tally.readable if tally.readable else None
-    return LayerStats(layer, density, recall, decode)
+    times = (tally.select_s, tally.attend_s) if tally.attend_s else (None, None)
+    return LayerStats(layer, density, recall, decode, *times)
 
 
 def _mean(values: Iterable[float]) -> float | None:

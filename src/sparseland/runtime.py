@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ class Tally:
     readable: float = 0.0
     recall: Tensor | float = 0.0  # attention mass kept per query head, summed over queries
     queries: float = 0.0
+    select_s: float = 0.0  # seconds of choosing the pairs of prompts, and of computing them
+    attend_s: float = 0.0
 
 
 @dataclass
@@ -53,6 +56,7 @@ class AttentionRuntime:
     learners: dict[str, nn.Module] = field(default_factory=dict)  # slug -> the method's own parameters
     rope: Rope | None = None  # where a method asks for it
     measure_recall: bool = False
+    measure_time: bool = False
     active: bool = True
     tally: Tally = field(default_factory=Tally)
     tracked: TrackedLayer | None = None  # the cache layer whose update() came just before this attention
@@ -150,6 +154,7 @@ class AttentionRuntime:
 
     def _prompt(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         n_queries, n_keys = q.shape[2], k.shape[2]
+        start = self._clock(q)
         if window is not None:
             # Where the model's own window binds it is the pattern; methods act on shorter prompts.
             pattern: Pattern = WindowPattern(n_queries, n_keys, 0, window)
@@ -158,10 +163,16 @@ class AttentionRuntime:
         else:
             x = self._inputs(self.prefill, q, k, v, scale)
             pattern = self.prefill.pattern(x, self._calibration(self.prefill.card.slug))
+        selected = self._clock(q)
         if self.keep_pattern:
             self.last_pattern = pattern
         if not torch.compiler.is_compiling():
             self._count(pattern, q)
+        if self.measure_time:
+            before = self._clock(q)
+            attend(q, k, v, pattern, scale=scale)
+            self.tally.select_s += selected - start
+            self.tally.attend_s += self._clock(q) - before
         if not self.measure_recall:
             return attend(q, k, v, pattern, scale=scale)
         out, lse = attend(q, k, v, pattern, scale=scale, return_lse=True)
@@ -171,6 +182,14 @@ class AttentionRuntime:
         self.tally.recall = self.tally.recall + (lse - dense_lse).exp().sum((0, 2)).double()
         self.tally.queries += q.shape[0] * n_queries
         return out
+
+    def _clock(self, x: Tensor) -> float:
+        """Seconds, the device waited for; 0 where no time is measured."""
+        if not self.measure_time:
+            return 0.0
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        return time.perf_counter()
 
     def _decode(
         self,

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparseland.method import AttentionInputs, Calibration, Method, PrefillMethod
+from sparseland.handle import apply
+from sparseland.method import AttentionInputs, Calibration, Method
 from sparseland.models.capture import capture_qkv
-from sparseland.models.surgery import attention_layers
+from sparseland.models.surgery import attention_layers, decoder_of
 from sparseland.patterns import Pattern
 
 # Pictures of a few heads tell the kinds of pattern apart; all of them would tell nothing.
@@ -26,23 +27,30 @@ def attention_map_rows(
     calibrations: dict[str, Calibration],
     ids: Int[Tensor, " N"],
     bins: int = 64,
+    layers: int = MAX_LAYERS,
+    heads: int = HEADS_PER_LAYER,
 ) -> Iterator[dict[str, Any]]:
     """``mass`` and ``computed`` of a few heads, ``[bins, bins]`` each (rows: queries).
 
     ``mass`` is the dense model's attention summed over a bin's keys and averaged over its queries;
-    ``computed`` the fraction of the bin's causal pairs that the recipe's prompt method computes.
+    ``computed`` the fraction of the bin's causal pairs that the recipe computes on the same tokens.
     """
-    method = next((m for m in methods if isinstance(m, PrefillMethod) and "prefill" in m.roles), None)
-    if method is None:
+    if not any("prefill" in m.roles for m in methods):
         return
-    layers = list(attention_layers(model))
-    step = max(1, len(layers) // (MAX_LAYERS + 1))
-    chosen = layers[step::step][:MAX_LAYERS]
+    indices = list(attention_layers(model))
+    step = max(1, len(indices) // (layers + 1))
+    chosen = indices[step::step][:layers]
+    with apply(model, list(methods), calibrations=calibrations) as handle:
+        for i in chosen:
+            handle.runtimes[i].keep_pattern = True
+        decoder_of(model)(input_ids=ids[None].to(next(model.parameters()).device), use_cache=False)
+        patterns = {i: handle.runtimes[i].last_pattern for i in chosen}
     for x in capture_qkv(model, ids[None], chosen):
-        pattern = method.pattern(x, calibrations.get(method.card.slug))
+        pattern = patterns[x.layer]
+        if pattern is None:
+            continue
         computed = _binned_density(pattern, bins)
-        heads = sorted(set(torch.linspace(0, x.q.shape[1] - 1, HEADS_PER_LAYER).long().tolist()))
-        for head in heads:
+        for head in sorted(set(torch.linspace(0, x.q.shape[1] - 1, heads).long().tolist())):
             mass = binned_mass(x, head, bins)
             yield {
                 "layer": x.layer,

@@ -31,6 +31,7 @@ __all__ = ["block_sparse_attention"]
 
 _OP = "block_sparse_attention"
 _FA4_VERSION = "4.0.0b36"  # its block-sparse interface is not stable between betas
+_GLUON_TRITON = "3.6."  # Gluon's interface is not stable between Triton's releases
 
 
 @cache
@@ -54,6 +55,30 @@ def _why_not_fa4(q: Tensor, block_size: int) -> str | None:
         return f"it needs block size 128, got {block_size}"
     if q.shape[3] > 128:
         return f"it needs a head dimension of at most 128, got {q.shape[3]}"
+    return None
+
+
+@cache
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _why_not_gluon(q: Tensor, block_size: int) -> str | None:
+    if q.device.type != "cuda":
+        return f"it needs a CUDA device, the input is on {q.device.type}"
+    if not (_triton_version() or "").startswith(_GLUON_TRITON):
+        return f"it needs triton {_GLUON_TRITON}x, found {_triton_version() or 'none'}"
+    if torch.cuda.get_device_capability(q.device)[0] != 9:
+        return "it is made for compute capability 9.0 (Hopper)"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs bfloat16 or float16, got {q.dtype}"
+    if block_size != 128:
+        return f"it needs block size 128, got {block_size}"
+    if q.shape[3] not in (64, 128):
+        return f"it needs a head dimension of 64 or 128, got {q.shape[3]}"
     return None
 
 
@@ -81,6 +106,7 @@ def _why_not_reference(q: Tensor, block_size: int) -> str | None:
 
 # In the order of speed. All forwards share one signature; backwards are chosen in `_backward_module`.
 _BACKENDS = (
+    Backend("gluon", f"{__name__}.gluon", _why_not_gluon),
     Backend("fa4", f"{__name__}.fa4", _why_not_fa4),
     Backend("triton", f"{__name__}.triton", _why_not_triton),
     Backend("cpu", f"{__name__}.cpu", _why_not_cpu),
@@ -138,7 +164,7 @@ def block_sparse_attention(
         pattern: lists of key blocks; its batch and head dimensions may be 1 (the same for all).
         scale: factor on the logits, positive; ``1 / sqrt(D)`` unless given.
         return_lse: also give the log-sum-exp of the scaled logits (natural log, fp32).
-        backend: ``fa4``, ``triton``, ``cpu`` or ``reference``; the fastest that can run this unless given.
+        backend: ``gluon``, ``fa4``, ``triton``, ``cpu`` or ``reference``; the fastest that can run this unless given.
 
     Returns:
         The output in q's type, and on request the log-sum-exp. Both carry gradients to q, k and v.
@@ -245,6 +271,8 @@ def _backward(
     if q.numel() == 0 or indices.shape[3] == 0:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     chosen = choose(_OP, _BACKENDS, backend, q, block_size)
+    if chosen.name == "gluon":  # it has no backward of its own: the fastest that can
+        chosen = choose(_OP, _BACKENDS[1:], None, q, block_size)
     module = _BACKWARD.get(chosen.name, _PLAIN_BACKWARD).load()
     dq, dk, dv = module.backward(d_out, d_lse, q, k, v, out, lse, counts, indices, block_size, scale)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()

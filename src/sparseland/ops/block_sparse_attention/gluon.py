@@ -1,0 +1,331 @@
+"""Block-sparse attention for Hopper in Gluon: a loading warp and two computing warpgroups per query block.
+
+The grid is one program per multiprocessor. Whichever is free takes the next query block: key heads one
+after the other and, within one, from the last block of queries to the first, so that programs that are
+busy together read neighbouring lists from the L2 cache, and the shortest lists come last. The loading
+warp runs ahead through query blocks and lists with bulk copies (TMA); each computing warpgroup owns 64
+rows and overlaps the product of one key block with the softmax of the one before.
+
+Source of the schedule inside a warpgroup: Shah et al. 2024, "FlashAttention-3", section 3.2.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+BLOCK = 128
+_LOG2E = 1.4426950408889634
+# Key and value blocks in flight, by head dimension: what fits beside the queries into shared memory.
+STAGES = {64: 6, 128: 3}
+
+
+@gluon.jit
+def _place(ticket, H, G, Mq):
+    """Ticket -> batch row, query head, key head, query block."""
+    of_group = ticket // (Mq * G)
+    inside = ticket % (Mq * G)
+    i_hk = of_group % (H // G)
+    return of_group // (H // G), i_hk * G + inside % G, i_hk, Mq - 1 - inside // G
+
+
+@gluon.jit
+def _draw(counter, tickets, ready, empty, turn):
+    """The loading warp takes the next ticket and leaves it for the computing warpgroups."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    slot = turn % 2
+    mbarrier.wait(empty.index(slot), ((turn // 2) & 1) ^ 1)
+    ticket = gl.atomic_add(counter, 1, sem="relaxed")
+    tickets.index(slot).store(gl.full([1], ticket, gl.int32, layout=LAYOUT))
+    mbarrier.arrive(ready.index(slot), count=1)
+    return ticket
+
+
+@gluon.jit
+def _receive(tickets, ready, empty, turn):
+    """What the loading warp drew for this turn."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    slot = turn % 2
+    mbarrier.wait(ready.index(slot), (turn // 2) & 1)
+    ticket = gl.max(tickets.index(slot).load(LAYOUT), 0)
+    mbarrier.arrive(empty.index(slot), count=1)
+    return ticket
+
+
+@gluon.jit
+def _load(
+    inputs, outputs, buffers, barriers, lists, sizes, scale_log2,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, NEED_LSE: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: queries of each row, then its keys and values, last listed block first."""
+    q_desc, k_desc, v_desc = inputs
+    q_smem, k_smem, v_smem, tickets = buffers
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, ticket_ready, ticket_empty = barriers
+    counter, counts, indices = lists
+    n_rows, H, G, Nq, Nk, Mq, stride_cb, stride_ch, stride_ib, stride_ih, stride_im = sizes
+    BYTES: gl.constexpr = 128 * D * 2
+    turn = 0
+    step = 0
+    ticket = _draw(counter, tickets, ticket_ready, ticket_empty, turn)
+    while ticket < n_rows:
+        i_b, i_h, i_hk, i_m = _place(ticket, H, G, Mq)
+        count = gl.load(counts + i_b * stride_cb + i_h * stride_ch + i_m)
+        at = (
+            indices
+            + i_b.to(gl.int64) * stride_ib
+            + i_h.to(gl.int64) * stride_ih
+            + i_m.to(gl.int64) * stride_im
+        )
+        mbarrier.wait(q_empty, (turn & 1) ^ 1)
+        mbarrier.expect(q_ready, BYTES)
+        tma.async_copy_global_to_shared(q_desc, [i_b, i_h, i_m * 128, 0], q_ready, q_smem)
+        block = gl.load(at + count - 1, mask=count > 0, other=0)
+        for i in range(0, count):
+            following = gl.load(at + count - 2 - i, mask=i + 1 < count, other=0)
+            stage = step % STAGES
+            phase = (step // STAGES) & 1
+            mbarrier.wait(k_empty.index(stage), phase ^ 1)
+            mbarrier.expect(k_ready.index(stage), BYTES)
+            tma.async_copy_global_to_shared(
+                k_desc, [i_b, i_hk, block * 128, 0], k_ready.index(stage), k_smem.index(stage)
+            )
+            mbarrier.wait(v_empty.index(stage), phase ^ 1)
+            mbarrier.expect(v_ready.index(stage), BYTES)
+            tma.async_copy_global_to_shared(
+                v_desc, [i_b, i_hk, block * 128, 0], v_ready.index(stage), v_smem.index(stage)
+            )
+            block = following
+            step += 1
+        turn += 1
+        ticket = _draw(counter, tickets, ticket_ready, ticket_empty, turn)
+
+
+@gluon.jit
+def _hide_future(s, position, block, S_LAYOUT: gl.constexpr):
+    key = block * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, S_LAYOUT))
+    return gl.where(key[None, :] <= position[:, None], s, float("-inf"))
+
+
+@gluon.jit
+def _compute(
+    inputs, outputs, buffers, barriers, lists, sizes, scale_log2,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, NEED_LSE: gl.constexpr,
+):  # fmt: skip
+    """One computing warpgroup: 64 rows of every query block of this program."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]
+    )
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16]
+    )
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+
+    q_desc, k_desc, v_desc = inputs
+    q_smem, k_smem, v_smem, tickets = buffers
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, ticket_ready, ticket_empty = barriers
+    counter, counts, indices = lists
+    n_rows, H, G, Nq, Nk, Mq, stride_cb, stride_ch, stride_ib, stride_ih, stride_im = sizes
+    out, lse = outputs
+    q_rows = q_smem.reshape([128, D]).slice(WARPGROUP * 64, 64, dim=0)
+    turn = 0
+    step = 0
+    ticket = _receive(tickets, ticket_ready, ticket_empty, turn)
+    while ticket < n_rows:
+        i_b, i_h, i_hk, i_m = _place(ticket, H, G, Mq)
+        count = gl.load(counts + i_b * stride_cb + i_h * stride_ch + i_m)
+        at = (
+            indices
+            + i_b.to(gl.int64) * stride_ib
+            + i_h.to(gl.int64) * stride_ih
+            + i_m.to(gl.int64) * stride_im
+        )
+        # Blocks that end at or before the first query need no causal test: those after them end the list.
+        visible = (i_m * 128 + Nk - Nq + 1) // 128
+        masked = 0
+        while gl.load(at + count - 1 - masked, mask=masked < count, other=-1) >= visible:
+            masked += 1
+        m0 = i_m * 128 + WARPGROUP * 64
+        position = m0 + Nk - Nq + gl.arange(0, 64, layout=S_ROWS)
+
+        b_m = gl.full([64], float("-inf"), gl.float32, layout=S_ROWS)
+        b_l = gl.zeros([64], gl.float32, layout=S_ROWS)
+        o = gl.zeros([64, D], gl.float32, layout=O_LAYOUT)
+        mbarrier.wait(q_ready, turn & 1)
+        if count > 0:
+            zero = gl.zeros([64, 128], gl.float32, layout=S_LAYOUT)
+            stage = step % STAGES
+            mbarrier.wait(k_ready.index(stage), (step // STAGES) & 1)
+            s = warpgroup_mma(
+                q_rows,
+                k_smem.index(stage).reshape([128, D]).permute((1, 0)),
+                zero,
+                use_acc=False,
+                is_async=True,
+            )
+            s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            if masked > 0:
+                s = _hide_future(s, position, gl.load(at + count - 1), S_LAYOUT)
+            b_m = gl.max(s, 1) * scale_log2
+            shift = gl.where(b_m == float("-inf"), 0.0, b_m)
+            s = gl.exp2(s * scale_log2 - shift[:, None])
+            b_l = gl.sum(s, 1)
+            p = gl.convert_layout(s.to(q_desc.dtype), P_LAYOUT)
+            for i in range(1, count):
+                v_stage = step % STAGES
+                v_phase = (step // STAGES) & 1
+                step += 1
+                stage = step % STAGES
+                mbarrier.wait(k_ready.index(stage), (step // STAGES) & 1)
+                s = warpgroup_mma(
+                    q_rows, k_smem.index(stage).reshape([128, D]).permute((1, 0)), zero,
+                    use_acc=False, is_async=True,
+                )  # fmt: skip
+                mbarrier.wait(v_ready.index(v_stage), v_phase)
+                o = warpgroup_mma(p, v_smem.index(v_stage).reshape([128, D]), o, is_async=True)
+                s = warpgroup_mma_wait(1, deps=(s,))
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                if i < masked:
+                    s = _hide_future(s, position, gl.load(at + count - 1 - i), S_LAYOUT)
+                b_max = gl.maximum(b_m, gl.max(s, 1) * scale_log2)
+                shift = gl.where(b_max == float("-inf"), 0.0, b_max)
+                alpha = gl.exp2(b_m - shift)
+                s = gl.exp2(s * scale_log2 - shift[:, None])
+                b_l = b_l * alpha + gl.sum(s, 1)
+                b_m = b_max
+                o, p = warpgroup_mma_wait(0, deps=(o, p))
+                mbarrier.arrive(v_empty.index(v_stage), count=1)
+                o = o * gl.convert_layout(alpha, O_ROWS)[:, None]
+                p = gl.convert_layout(s.to(q_desc.dtype), P_LAYOUT)
+            v_stage = step % STAGES
+            mbarrier.wait(v_ready.index(v_stage), (step // STAGES) & 1)
+            o = warpgroup_mma(p, v_smem.index(v_stage).reshape([128, D]), o, is_async=True)
+            mbarrier.arrive(q_empty, count=1)
+            o, p = warpgroup_mma_wait(0, deps=(o, p))
+            mbarrier.arrive(v_empty.index(v_stage), count=1)
+            step += 1
+        else:
+            mbarrier.arrive(q_empty, count=1)
+
+        seen = b_l > 0
+        b_l = gl.where(seen, b_l, 1.0)
+        o = o * gl.convert_layout(1.0 / b_l, O_ROWS)[:, None]
+        i_row = m0 + gl.arange(0, 64, layout=O_ROWS)
+        i_d = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
+        base = (i_b * H + i_h).to(gl.int64) * Nq
+        p_out = out + (base + i_row.to(gl.int64))[:, None] * D + i_d[None, :]
+        gl.store(p_out, o.to(q_desc.dtype), mask=(i_row < Nq)[:, None])
+        if NEED_LSE:
+            b_lse = gl.where(seen, (b_m + gl.log2(b_l)) * 0.6931471805599453, float("-inf"))
+            i_row = m0 + gl.arange(0, 64, layout=S_ROWS)
+            gl.store(lse + base + i_row.to(gl.int64), b_lse, mask=i_row < Nq)
+        turn += 1
+        ticket = _receive(tickets, ticket_ready, ticket_empty, turn)
+
+
+@gluon.jit(do_not_specialize=["n_rows", "H", "G", "Nq", "Nk", "Mq", "stride_cb", "stride_ch"])
+def _kernel(
+    q_desc, k_desc, v_desc, out, lse, counts, indices, counter,
+    n_rows, H, G, Nq, Nk, Mq, stride_cb, stride_ch, stride_ib, stride_ih, stride_im, scale_log2,
+    D: gl.constexpr, STAGES: gl.constexpr, NEED_LSE: gl.constexpr,
+):  # fmt: skip
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 128, D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 128, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, 128, D], v_desc.layout)
+    tickets = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ticket_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ticket_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(ticket_ready.index(i), count=1)
+        mbarrier.init(ticket_empty.index(i), count=2)
+    mbarrier.init(q_ready, count=1)
+    mbarrier.init(q_empty, count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_ready.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()
+
+    buffers = (q_smem, k_smem, v_smem, tickets)
+    barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, ticket_ready, ticket_empty)
+    lists = (counter, counts, indices)
+    sizes = (n_rows, H, G, Nq, Nk, Mq, stride_cb, stride_ch, stride_ib, stride_ih, stride_im)
+    inputs, outputs = (q_desc, k_desc, v_desc), (out, lse)
+    gl.warp_specialize(
+        [
+            (
+                _compute,
+                (inputs, outputs, buffers, barriers, lists, sizes, scale_log2, 0, STAGES, D, NEED_LSE),
+            ),
+            (
+                _compute,
+                (inputs, outputs, buffers, barriers, lists, sizes, scale_log2, 1, STAGES, D, NEED_LSE),
+            ),
+            (_load, (inputs, outputs, buffers, barriers, lists, sizes, scale_log2, 0, STAGES, D, NEED_LSE)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+def forward(
+    q: Float[Tensor, "B Hq Nq D"],
+    k: Float[Tensor, "B Hkv Nk D"],
+    v: Float[Tensor, "B Hkv Nk D"],
+    counts: Int[Tensor, "b h Mq"],
+    indices: Int[Tensor, "b h Mq L"],
+    block_size: int,
+    scale: float,
+    need_lse: bool = True,
+) -> tuple[Float[Tensor, "B Hq Nq D"], Float[Tensor, "B Hq Nq"]]:
+    """Output and log-sum-exp (an empty tensor unless ``need_lse``)."""
+    B, H, Nq, D = q.shape
+    G, Nk, Mq = H // k.shape[1], k.shape[2], counts.shape[2]
+    q, k, v = (_tma_ready(t) for t in (q, k, v))
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((B, H, Nq) if need_lse else (0,), dtype=torch.float32)
+    indices = indices if indices.stride(-1) == 1 else indices.contiguous()
+    counts, indices = counts.contiguous().expand(B, H, -1), indices.expand(B, H, -1, -1)
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+    n_rows = B * H * Mq
+    _kernel[(min(programs, n_rows),)](
+        *(_descriptor(t) for t in (q, k, v)), out, lse, counts, indices, counter,
+        n_rows, H, G, Nq, Nk, Mq, *counts.stride()[:2], *indices.stride()[:3], scale * _LOG2E,
+        D, STAGES[D], need_lse, num_warps=4, maxnreg=168,
+    )  # fmt: skip
+    return out, lse
+
+
+def _descriptor(x: Tensor) -> TensorDescriptor:
+    shape = [1, 1, BLOCK, x.shape[3]]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), shape, layout)
+
+
+def _tma_ready(x: Tensor) -> Tensor:
+    """Bulk copies want 16-byte steps and a dense last dimension."""
+    aligned = x.stride(3) == 1 and all(s % 8 == 0 for s in x.stride()[:3]) and x.data_ptr() % 16 == 0
+    return x if aligned else x.contiguous()
