@@ -6,11 +6,11 @@ only if ``j <= offset + i`` with ``offset = n_keys - n_queries``, whatever the l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -69,10 +69,14 @@ class WindowPattern(Pattern):
         return cls(n_queries, n_keys, 0, n_keys)
 
     def pairs(self) -> Int[Tensor, "1 1"]:
-        position = torch.arange(self.offset, self.n_keys) + 1  # keys each query could see
-        local = position.clamp(max=self.window)
-        sinks = (position - local).clamp(max=self.sinks)
-        return (local + sinks).sum().view(1, 1)
+        # Of n keys that a query could see it sees min(n, window + sinks): a ramp, then flat.
+        most = self.window + self.sinks
+
+        def up_to(n: int) -> int:
+            low = min(n, most)
+            return low * (low + 1) // 2 + (n - low) * most
+
+        return torch.tensor([[up_to(self.n_keys) - up_to(self.offset)]])
 
     def mask(self) -> Bool[Tensor, "1 1 Nq Nk"]:
         rows = torch.arange(self.offset, self.n_keys)[:, None]
@@ -88,7 +92,7 @@ class BlockPattern(Pattern):
     Query block ``i`` holds the queries ``[i * block_size, (i + 1) * block_size)`` of this call; key block
     ``j`` the keys ``[j * block_size, (j + 1) * block_size)`` of the whole cache. ``indices[..., :count]``
     are distinct and ascending; what lies behind ``count`` is never read. A listed block may stick out of
-    the causal triangle; its future keys are masked.
+    the causal triangle (its future keys are masked), but none lies wholly outside.
 
     Args:
         counts: ``[B, Hq, Mq]`` int32, ``Mq = ceil(n_queries / block_size)``.
@@ -103,14 +107,18 @@ class BlockPattern(Pattern):
     def from_block_mask(
         cls, blocks: Bool[Tensor, "B H Mq Mk"], block_size: int, n_queries: int, n_keys: int
     ) -> BlockPattern:
-        """Lists from a boolean block mask; blocks wholly in the future are dropped."""
-        allowed = visible_blocks(n_queries, n_keys, block_size, blocks.device)
-        blocks = blocks & allowed
-        counts = blocks.sum(-1, dtype=torch.int32)
-        longest = int(counts.max()) if counts.numel() else 0
-        # Stable sort of "not listed" puts the listed blocks first, in ascending order.
-        order = (~blocks).to(torch.int8).argsort(dim=-1, stable=True)
-        return cls(n_queries, n_keys, block_size, counts, order[..., :longest].to(torch.int32).contiguous())
+        """Lists from a boolean block mask; blocks wholly in the future are dropped.
+
+        On a GPU the lists' length is that of all key blocks: the longest is not asked for.
+        """
+        # What makes lists is an op; patterns know ops only here, where they are made from masks.
+        from sparseland.ops.block_lists import block_lists
+
+        (few,) = unexpanded(blocks)
+        counts, indices = block_lists(n_queries, n_keys, block_size, mask=few)
+        shape = blocks.shape[:2]
+        counts, indices = counts.expand(*shape, -1), indices.expand(*shape, -1, -1)
+        return cls(n_queries, n_keys, block_size, counts, indices)
 
     def block_mask(self) -> Bool[Tensor, "B H Mq Mk"]:
         """The lists as a boolean block mask."""
@@ -126,23 +134,21 @@ class BlockPattern(Pattern):
         return pairs_per_block(self.n_queries, self.n_keys, self.block_size, self.counts.device)
 
     def pairs(self) -> Int[Tensor, "B H"]:
-        # From the lists: a map of all blocks would be quadratic in the length.
-        return _sum_over_lists(self, self._listed_pairs)
-
-    def _listed_pairs(
-        self, indices: Int[Tensor, "b h m L"], start: Int[Tensor, " m"]
-    ) -> Int[Tensor, "*bhmL"]:
-        """Causal pairs of each listed block, for query blocks that begin at the positions ``start``."""
-        end = (start + self.block_size).clamp(max=self.n_keys)
-        first = indices.long() * self.block_size
-
-        def seen_from(key: Tensor) -> Tensor:
-            # Pairs of the block's queries with keys at or after ``key``: a sum of consecutive numbers.
-            most = (end[:, None] - key).clamp(min=0)
-            before = (start[:, None] - key).clamp(min=0)
-            return most * (most + 1) - before * (before + 1)
-
-        return (seen_from(first) - seen_from((first + self.block_size).clamp(max=self.n_keys))) // 2
+        counts, indices = unexpanded(self.counts, self.indices)
+        if not indices.shape[-1]:
+            return torch.zeros(self.counts.shape[:2], dtype=torch.int64, device=counts.device)
+        size = self.block_size
+        start = torch.arange(counts.shape[-1], device=counts.device)[:, None] * size + self.offset
+        end = (start + size).clamp(max=self.n_keys)
+        # Blocks ascend and none is wholly in the future, so at most the last two are cut by the diagonal (or
+        # by the end of the keys).
+        place = counts[..., None] - torch.arange(1, 3, device=counts.device)
+        first = indices.gather(-1, place.clamp(min=0)).long() * size
+        lost = (end - start) * size - pairs_from(first, start, end)
+        lost += pairs_from((first + size).clamp(max=self.n_keys), start, end)
+        whole = (counts * ((end - start) * size)[:, 0]).sum(-1)
+        total = whole - (lost * (place >= 0)).sum((-1, -2))
+        return total.expand(self.counts.shape[:2])
 
     def mask(self) -> Bool[Tensor, "B H Nq Nk"]:
         wide = self.block_mask().repeat_interleave(self.block_size, -1)[..., : self.n_keys]
@@ -167,16 +173,25 @@ class ColumnPattern(Pattern):
 
     @classmethod
     def from_column_mask(
-        cls, columns: Bool[Tensor, "B H Mq Nk"], block_size: int, n_queries: int, n_keys: int
+        cls,
+        columns: Bool[Tensor, "B H Mq Nk"],
+        block_size: int,
+        n_queries: int,
+        n_keys: int,
+        cap: int | None = None,
     ) -> ColumnPattern:
-        """Lists from a boolean mask of keys per query block, without those after the block's last query."""
-        last = torch.arange(1, columns.shape[-2] + 1, device=columns.device) * block_size - 1
-        last = last.clamp(max=n_queries - 1) + (n_keys - n_queries)
-        columns = columns & (torch.arange(n_keys, device=columns.device) <= last[:, None])
-        counts = columns.sum(-1, dtype=torch.int32)
-        longest = int(counts.max()) if counts.numel() else 0
-        order = (~columns).to(torch.int8).argsort(dim=-1, stable=True)
-        return cls(n_queries, n_keys, block_size, counts, order[..., :longest].to(torch.int32).contiguous())
+        """Lists from a boolean mask of keys per query block, without those after the block's last query.
+
+        ``cap`` is the longest list there can be, if that is known; what does not fit is dropped. On a GPU it
+        is the lists' length (all keys unless given): the longest is not asked for.
+        """
+        from sparseland.ops.block_lists import block_lists
+
+        (few,) = unexpanded(columns)
+        counts, indices = block_lists(n_queries, n_keys, block_size, mask=few, unit=1, cap=cap)
+        shape = columns.shape[:2]
+        counts, indices = counts.expand(*shape, -1), indices.expand(*shape, -1, -1)
+        return cls(n_queries, n_keys, block_size, counts, indices)
 
     def column_mask(self) -> Bool[Tensor, "B H Mq Nk"]:
         """The lists as a boolean mask of keys per query block."""
@@ -187,14 +202,11 @@ class ColumnPattern(Pattern):
         return mask.scatter_(-1, target, True)[..., : self.n_keys]
 
     def pairs(self) -> Int[Tensor, "B H"]:
-        return _sum_over_lists(self, self._listed_pairs)
+        from sparseland.ops.block_lists import list_pairs
 
-    def _listed_pairs(
-        self, indices: Int[Tensor, "b h m L"], start: Int[Tensor, " m"]
-    ) -> Int[Tensor, "*bhmL"]:
-        # Query i of a block sees a listed key j if j <= offset + i: count the queries at or below j.
-        end = (start + self.block_size).clamp(max=self.n_keys)
-        return (end[:, None] - torch.maximum(indices, start[:, None])).clamp(min=0)
+        counts, indices = unexpanded(self.counts, self.indices)
+        pairs = list_pairs(counts, indices, self.n_queries, self.n_keys, self.block_size, 1)
+        return pairs.expand(self.counts.shape[:2])
 
     def mask(self) -> Bool[Tensor, "B H Nq Nk"]:
         tall = self.column_mask().repeat_interleave(self.block_size, -2)[..., : self.n_queries, :]
@@ -213,13 +225,19 @@ class BlockColumnPattern(Pattern):
     columns: ColumnPattern
 
     @classmethod
-    def of(cls, blocks: BlockPattern, columns: Bool[Tensor, "B H Nk"]) -> BlockColumnPattern:
-        """Blocks, and per head a set of key columns for all queries."""
-        covered = blocks.block_mask().repeat_interleave(blocks.block_size, -1)[..., : blocks.n_keys]
-        rest = columns[:, :, None, :] & ~covered
-        size = blocks.block_size
-        lists = ColumnPattern.from_column_mask(rest, size, blocks.n_queries, blocks.n_keys)
-        return cls(blocks.n_queries, blocks.n_keys, blocks, lists)
+    def of(
+        cls, blocks: BlockPattern, columns: Bool[Tensor, "B H Nk"], cap: int | None = None
+    ) -> BlockColumnPattern:
+        """Blocks, and per head a set of key columns for all queries (at most ``cap``, if that is known)."""
+        from sparseland.ops.block_lists import block_lists, column_lists
+
+        n_queries, n_keys, size = blocks.n_queries, blocks.n_keys, blocks.block_size
+        # As the list of one query that stands at the end.
+        counts, places = block_lists(1, n_keys, 1, mask=columns[:, :, None], unit=1, cap=cap)
+        lists = column_lists(
+            places[:, :, 0], counts[:, :, 0], n_queries, n_keys, size, mask=blocks.block_mask()
+        )
+        return cls(n_queries, n_keys, blocks, ColumnPattern(n_queries, n_keys, size, *lists))
 
     def pairs(self) -> Int[Tensor, "B H"]:
         return self.blocks.pairs() + self.columns.pairs()
@@ -305,7 +323,7 @@ class TokenBlockPattern(Pattern):
 def token_words(blocks: Bool[Tensor, "*B Nq Mk"], tile: int) -> Int[Tensor, "*B T Mk"]:
     """One int32 per tile of queries and key block: bit ``t`` is what query ``t`` of the tile says."""
     short = -blocks.shape[-2] % tile
-    tiles = torch.nn.functional.pad(blocks, (0, 0, 0, short)).unflatten(-2, (-1, tile))
+    tiles = torch.unflatten(torch.nn.functional.pad(blocks, (0, 0, 0, short)), -2, (-1, tile))
     words = torch.zeros_like(tiles[..., 0, :], dtype=torch.int32)
     for t in range(tile):
         words |= tiles[..., t, :].to(torch.int32) << t
@@ -332,8 +350,108 @@ def _ones(words: Int[Tensor, "*B"]) -> Int[Tensor, "*B"]:
     return (((fours + (fours >> 4)) & 0x0F0F0F0F) * 0x01010101 >> 24) & 0xFF
 
 
-# Entries of lists that are looked at together when pairs are counted.
-_COUNTED = 1 << 24
+@dataclass(frozen=True)
+class IntervalPattern(Pattern):
+    """Each key lives for one interval of queries, ``j <= i < ends[j]``, and may carry a bias for its logits.
+
+    Both are per key head; the ``group`` query heads of a key head share them. The bias is part of the
+    attention (gradients flow through it), not of the pattern's pairs.
+
+    Args:
+        ends: ``[B, Hkv, Nk]`` positions, Nk or more: never; ``<= j``: not seen by anyone.
+        bias: ``[B, Hkv, Nk]``, added to the scaled logits; None adds nothing.
+        group: query heads per key head.
+        most: keys that a query sees at most, if known.
+    """
+
+    ends: Int[Tensor, "B Hkv Nk"]
+    bias: Float[Tensor, "B Hkv Nk"] | None = None
+    group: int = 1
+    most: int | None = None
+
+    def pairs(self) -> Int[Tensor, "B H"]:
+        first = torch.arange(self.n_keys, device=self.ends.device).clamp(min=self.offset)
+        seen_by = (self.ends.long().clamp(max=self.n_keys) - first).clamp(min=0)
+        return seen_by.sum(-1).repeat_interleave(self.group, 1)
+
+    def mask(self) -> Bool[Tensor, "B H Nq Nk"]:
+        i = torch.arange(self.offset, self.n_keys, device=self.ends.device)[:, None]
+        alive = (i < self.ends[:, :, None]) & self._causal(self.ends.device)
+        return alive.repeat_interleave(self.group, 1)
+
+
+@dataclass(frozen=True)
+class BlockLocalPattern(Pattern):
+    """Keys of the query's own block of positions, of ``look_back`` blocks before it, and the first ``sinks``."""
+
+    block: int
+    look_back: int = 0
+    sinks: int = 0
+
+    def ends(self, device: torch.device | str = "cpu") -> Int[Tensor, "1 1 Nk"]:
+        """The position from which on each key is no longer seen (for :class:`IntervalPattern`)."""
+        j = torch.arange(self.n_keys, device=device)
+        ends = ((j // self.block + 1 + self.look_back) * self.block).clamp(max=self.n_keys)
+        return torch.where(j < self.sinks, self.n_keys, ends)[None, None]
+
+    def pairs(self) -> Int[Tensor, "1 1"]:
+        i = torch.arange(self.offset, self.n_keys)
+        low = ((i // self.block - self.look_back) * self.block).clamp(min=0)
+        return (i + 1 - low + low.clamp(max=self.sinks)).sum().view(1, 1)
+
+    def mask(self) -> Bool[Tensor, "1 1 Nq Nk"]:
+        return IntervalPattern(self.n_queries, self.n_keys, self.ends()).mask()
+
+
+@dataclass(frozen=True)
+class PiecedPattern(Pattern):
+    """A pattern that is made a stretch of queries at a time: all its lists at once would fill the memory.
+
+    Args:
+        make: called with ``(start, stop)``, gives the pattern of the queries ``[start, stop)`` of this call:
+            ``stop - start`` queries, and keys up to the last of them, ``offset + stop``.
+        stops: where the stretches end; the last is ``n_queries``.
+    """
+
+    make: Callable[[int, int], Pattern]
+    stops: tuple[int, ...]
+
+    def pieces(self) -> Iterator[tuple[slice, Pattern]]:
+        """The queries of each stretch, and their pattern, made now."""
+        start = 0
+        for stop in self.stops:
+            yield slice(start, stop), self.make(start, stop)
+            start = stop
+
+    def pairs(self) -> Int[Tensor, "B H"]:
+        return torch.stack([pattern.pairs() for _, pattern in self.pieces()]).sum(0)
+
+    def mask(self) -> Bool[Tensor, "B H Nq Nk"]:
+        masks = [pattern.mask() for _, pattern in self.pieces()]
+        return torch.cat([torch.nn.functional.pad(m, (0, self.n_keys - m.shape[-1])) for m in masks], -2)
+
+
+# Lists of one call that may exist at once.
+_LIST_BYTES = 1 << 30
+
+
+def in_pieces(
+    make: Callable[[int, int], Pattern], n_queries: int, n_keys: int, block_size: int, row_bytes: int
+) -> Pattern:
+    """``make(0, n_queries)``, or a :class:`PiecedPattern` where that would take too much memory.
+
+    Args:
+        make: as of :class:`PiecedPattern`; it is called with multiples of ``block_size`` (or the end).
+        n_queries: queries, the last of the keys.
+        n_keys: keys.
+        block_size: queries per query block.
+        row_bytes: memory of one query block, of all batch rows and heads.
+    """
+    step = max(1, _LIST_BYTES // max(1, row_bytes)) * block_size
+    if step >= n_queries:
+        return make(0, n_queries)
+    stops = (*range(step, n_queries, step), n_queries)
+    return PiecedPattern(n_queries, n_keys, make, stops)
 
 
 def unexpanded(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -344,20 +462,12 @@ def unexpanded(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-def _sum_over_lists(
-    pattern: BlockPattern | ColumnPattern, pairs: Callable[[Tensor, Tensor], Tensor]
-) -> Int[Tensor, "B H"]:
-    """Pairs of all listed entries, some query blocks at a time; ``pairs`` gives each entry's."""
-    counts, indices = unexpanded(pattern.counts, pattern.indices)
-    start = torch.arange(counts.shape[-1], device=counts.device) * pattern.block_size + pattern.offset
-    place = torch.arange(indices.shape[-1], device=counts.device)
-    total = torch.zeros(counts.shape[:2], dtype=torch.int64, device=counts.device)
-    step = max(1, _COUNTED // max(1, counts.shape[0] * counts.shape[1] * indices.shape[-1]))
-    for i in range(0, counts.shape[-1], step):
-        part = slice(i, i + step)
-        listed = place < counts[:, :, part, None]
-        total += (pairs(indices[:, :, part], start[part]) * listed).sum((-1, -2))
-    return total.expand(pattern.counts.shape[:2])
+def pairs_from(
+    key: Int[Tensor, "*any"], start: Int[Tensor, "*any"], end: Int[Tensor, "*any"]
+) -> Int[Tensor, "*any"]:
+    """Causal pairs of the queries in [start, end) with keys from ``key`` on: sums of consecutive numbers."""
+    most, before = (end - key).clamp(min=0), (start - key).clamp(min=0)
+    return (most * (most + 1) - before * (before + 1)) // 2
 
 
 def visible_blocks(

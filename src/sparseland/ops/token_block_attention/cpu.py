@@ -132,8 +132,8 @@ def forward(
     """Output and log-sum-exp (an empty tensor unless ``need_lse``)."""
     batch, heads, n_queries, dim = q.shape
     kv_heads, n_keys = k.shape[1:3]
-    lists = [t.expand(batch, *t.shape[1:]) for t in (counts, indices, members)]
-    group = heads // lists[0].shape[1]
+    counts, indices, members = (t.expand(batch, *t.shape[1:]) for t in (counts, indices, members))
+    group = heads // counts.shape[1]
     keys, values = (_blocks(t, block_size) for t in (k, v))
     queries = _tiles(q, tile, group)
     # Scaling the queries is free; where it would round them, the scores are scaled instead.
@@ -144,7 +144,7 @@ def forward(
     dtype = torch.promote_types(q.dtype, torch.float32)
     lse = torch.empty(queries.shape[:2] if need_lse else (0,), dtype=dtype)
     sizes = (block_size, window, tile, n_queries, n_keys, kv_heads, group)
-    for part in _batches(*lists, *sizes, _SCORE_BYTES // q.element_size()):
+    for part in _batches(counts, indices, members, *sizes, _SCORE_BYTES // q.element_size()):
         n, length = part.blocks.shape
         k_part, v_part = (
             t.index_select(0, part.blocks.flatten()).view(n, length * block_size, dim) for t in (keys, values)
@@ -185,8 +185,8 @@ def backward(
     dtype = torch.promote_types(q.dtype, torch.float32)
     batch, heads, n_queries, dim = q.shape
     kv_heads, n_keys = k.shape[1:3]
-    lists = [t.expand(batch, *t.shape[1:]) for t in (counts, indices, members)]
-    group = heads // lists[0].shape[1]
+    counts, indices, members = (t.expand(batch, *t.shape[1:]) for t in (counts, indices, members))
+    group = heads // counts.shape[1]
     keys, values = (_blocks(t, block_size) for t in (k, v))
     queries, d_outs = (_tiles(t, tile, group) for t in (q, d_out))
     delta = (d_out.to(dtype) * out.to(dtype)).sum(-1) - d_lse.to(dtype)
@@ -195,7 +195,7 @@ def backward(
     dq = torch.empty_like(queries)
     dk, dv = (torch.zeros(keys.shape, dtype=dtype, device=k.device) for _ in range(2))
     sizes = (block_size, window, tile, n_queries, n_keys, kv_heads, group)
-    for part in _batches(*lists, *sizes, _SCORE_BYTES // 4):
+    for part in _batches(counts, indices, members, *sizes, _SCORE_BYTES // 4):
         n, length = part.blocks.shape
         flat = part.blocks.flatten()
         k_i, v_i = (t[flat].view(n, length * block_size, dim).to(dtype) for t in (keys, values))
@@ -222,7 +222,7 @@ def _tiles(
 ) -> Float[Tensor, "R rows D"]:
     """Tiles of all rows and lists in one dimension; a tile's rows are its tokens, each with its heads."""
     padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % tile), value=behind)
-    split = padded.unflatten(2, (-1, tile)).unflatten(1, (-1, group))  # [B, Hl, group, T, tile, D]
+    split = torch.unflatten(torch.unflatten(padded, 2, (-1, tile)), 1, (-1, group))  # [B, Hl, g, T, tile, D]
     return split.permute(0, 1, 3, 4, 2, 5).reshape(-1, tile * group, x.shape[3])
 
 
