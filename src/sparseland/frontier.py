@@ -1,23 +1,25 @@
 """The main job: measure methods and budgets on a model, keep the Pareto front, write the recipe.
 
-Order of work: dense; every method of the grid at every length; controls at the density of the best
-prefill method; compositions of the best of each role; dense again (to show drift); tasks for dense and
-the best; attention maps. Each measurement is appended to ``results.jsonl`` as it is made, and a rerun
-with the same model, text and settings continues where it stopped.
+Order of work: dense; a short screening of every method's grid at the longest length; full measurements of
+what it left, at every length; controls at the density of the best prefill method; compositions of the best
+of each role; dense again (to show drift); recall and the time of selection; tasks for dense and the best;
+attention maps. Each measurement is appended to ``results.jsonl`` as it is made, and a rerun with the same
+model, text and settings continues where it stopped.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparseland.choosing import Judge, relative_time
 from sparseland.errors import SparselandError
 from sparseland.handle import apply
 from sparseland.machine import circumstances, machine
@@ -27,18 +29,24 @@ from sparseland.models import load_model
 from sparseland.recipe import Recipe, describe_model
 from sparseland.report import write_report
 from sparseland.report.words import recipe_name
+from sparseland.runlog import RunLog
 from sparseland.tasks import TASKS, score_sample
 from sparseland.tasks.text import default_text, load_text, tokenize
 
 SCHEMA = 1
 CALIBRATION_TOKENS = 2048
-# A request, for choosing the fastest recipe: the prompt and this many new tokens.
-NEW_TOKENS = 128
 TASK_NAMES = ("needle",)
 TASK_SAMPLES = 4
 MAP_BINS = 64
 LONGEST_MAP = 8192
 REPEATS = 2
+# Screening: with more candidates than this, each is first tried on one prompt of the longest length (and
+# this many decoded tokens, if it acts on them); per role the best of different methods go on.
+SCREEN_ABOVE = 8
+SCREEN_TOKENS = 24
+SURVIVORS: dict[Role, int] = {"prefill": 6, "select": 2, "store": 2, "linear": 2}
+# Pictures of where methods spend their pairs: so many methods, besides the chosen recipe's.
+MAPPED_METHODS = 4
 
 Progress = Callable[[str, float], None]
 
@@ -100,7 +108,7 @@ def run(options: FrontierOptions, progress: Progress | None = None) -> FrontierR
     needed = CALIBRATION_TOKENS + longest + DECODE_TOKENS + 1
     if ids.numel() < needed:
         raise SparselandError(f"the text has {ids.numel()} tokens; {needed} are needed for length {longest}")
-    job = _Job(options, loaded, text, ids, _Log(options.out, _fingerprint(options, loaded.model, ids)), say)
+    job = _Job(options, loaded, text, ids, RunLog(options.out, _fingerprint(options, loaded.model, ids)), say)
     return job.run(candidates)
 
 
@@ -115,7 +123,7 @@ def _candidates(options: FrontierOptions) -> list[Method]:
     """The methods to measure, grids expanded; controls wait for a density to be compared at."""
     longest = max(options.lengths)
     chosen: list[Method] = []
-    for spec in options.methods or method_slugs():
+    for spec in options.methods or [s for s in method_slugs() if s not in untrained()]:
         if ":" in spec:
             chosen.append(parse_spec(spec))
         elif not method_class(spec).card.control:
@@ -125,57 +133,9 @@ def _candidates(options: FrontierOptions) -> list[Method]:
     return chosen
 
 
-class _Log:
-    """``results.jsonl``: appended to as measurements are made, read again by a rerun."""
-
-    def __init__(self, out: Path, fingerprint: str) -> None:
-        self.path = out / "results.jsonl"
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            self.rows = list(_read_rows(self.path)) if self.path.exists() else []
-            known = next((r["fingerprint"] for r in self.rows if r["kind"] == "run"), fingerprint)
-            if known != fingerprint:
-                raise SparselandError(
-                    f"{self.path} holds results of another model, text or setting; choose another --out"
-                )
-            # A line cut short by an interrupt is dropped, so that the next one starts on its own.
-            self._file = self.path.open("w", encoding="utf-8")
-            for row in self.rows:
-                self._put(row)
-        except OSError as cause:
-            raise SparselandError(f"can't write to {out}: {cause.strerror or cause}") from cause
-        self.fingerprint = fingerprint
-
-    def add(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Append a row; it is on disk when this returns."""
-        self.rows.append(row)
-        try:
-            self._put(row)
-        except OSError as cause:
-            raise SparselandError(f"can't write to {self.path}: {cause.strerror or cause}") from cause
-        return row
-
-    def _put(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-
-    def of(self, kind: str, **values: Any) -> list[dict[str, Any]]:
-        """Rows of a kind with these values."""
-        return [r for r in self.rows if r["kind"] == kind and all(r.get(k) == v for k, v in values.items())]
-
-    def close(self) -> None:
-        """Done writing."""
-        self._file.close()
-
-
-def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("kind"), str):
-            yield row
+def untrained() -> list[str]:
+    """Methods that a run measures only if they are named: what they add has to be trained first."""
+    return [s for s in method_slugs() if method_class(s).card.training == "training"]
 
 
 def _fingerprint(options: FrontierOptions, model: torch.nn.Module, ids: Tensor) -> str:
@@ -192,7 +152,7 @@ class _Job:
     """One run of the frontier: shared state of its steps."""
 
     def __init__(
-        self, options: FrontierOptions, loaded: Any, text: str, ids: Tensor, log: _Log, say: Progress
+        self, options: FrontierOptions, loaded: Any, text: str, ids: Tensor, log: RunLog, say: Progress
     ) -> None:
         self.options, self.loaded, self.text, self.ids, self.log = options, loaded, text, ids, log
         self.model: Any = loaded.model
@@ -200,27 +160,33 @@ class _Job:
         self.calibration_ids = ids[None, :CALIBRATION_TOKENS]
         self.calibrations: dict[str, Calibration] = {}
         self.dense: dict[int, Window] = {}
+        self.judge = Judge(log, self.lengths, options.tolerance)
         self._say, self._done, self._total = say, 0.0, 1.0
 
     def run(self, candidates: Sequence[Method]) -> FrontierResult:
         """All steps in order."""
         # Work is counted in tokens: about two dense-equivalents of tasks, controls and compositions each.
-        self._total = (len(candidates) + 10) * sum(self.lengths) + 3 * TASK_SAMPLES * sum(self.lengths)
+        screened = len(candidates) > SCREEN_ABOVE
+        kept = min(len(candidates), sum(SURVIVORS.values())) if screened else len(candidates)
+        self._total = (kept + 12 + 3 * TASK_SAMPLES) * sum(self.lengths)
+        self._total += 0.6 * len(candidates) * self.lengths[-1] if screened else 0
         self.log.add(self._run_row())
         before = {n: self._measure_dense(n) for n in self.lengths}
-        for method in candidates:
+        survivors = self._screen(candidates) if screened else candidates
+        for method in survivors:
             self._measure_all([method], "method")
-        for control in self._controls(candidates):
+        for control in self._controls(survivors):
             self._measure_all([control], "control")
-        for composition in self._compositions(candidates):
+        for composition in self.judge.compositions(survivors):
             self._measure_all(composition, "composition")
         for n in self.lengths:
             self.log.add(
                 {"kind": "drift", "length": n, "before_s": before[n], "after_s": self._time_dense(n)}
             )
-        choice = self._choose()
-        self._tasks([[], *self._finalists()])
-        self._maps([parse_spec(s) for s in choice["recipe"]])
+        choice = self.judge.choose()
+        self._inspect(survivors)
+        self._tasks([[], *self.judge.finalists()])
+        self._maps([parse_spec(s) for s in choice["recipe"]], survivors)
         recipe = self._recipe(choice)
         recipe.save(self.options.out / "recipe.json")
         self.log.add(choice)
@@ -247,34 +213,90 @@ class _Job:
     def _time_dense(self, length: int) -> float:
         return run_window(self.model, self._window(length), length, REPEATS).prefill_s
 
-    def _measure_all(self, methods: Sequence[Method], role: str) -> None:
-        """One configuration at every length; failures become rows."""
-        specs = [m.spec for m in methods]
-        for length in self.lengths:
-            self._tick(f"{' + '.join(specs)}, {length} tokens", length)
-            if self.log.of("measurement", recipe=specs, length=length, status="ok"):
-                continue
-            try:
-                row = self._measure(methods, role, length)
-            except SparselandError as error:
-                row = self._failed(specs, role, length, str(error))
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                row = self._failed(specs, role, length, f"out of memory: {error}")
-            except RuntimeError as error:
-                if "memory" not in str(error).lower():
-                    raise
-                row = self._failed(specs, role, length, f"out of memory: {error}")
-            self.log.add(row)
+    def _screen(self, candidates: Sequence[Method]) -> list[Method]:
+        """Try every candidate shortly at the longest length; per role the best of different methods go on.
 
-    def _measure(self, methods: Sequence[Method], role: str, length: int) -> dict[str, Any]:
+        Those within the tolerance come first, the fastest in front; then the others by their loss.
+        """
+        length = self.lengths[-1]
+        best: dict[Role, list[tuple[bool, float, Method]]] = {role: [] for role in SURVIVORS}
+        for method in candidates:
+            self._tick(f"screening {method.spec}", 0.6 * length)
+            self._measure_one([method], "method", length, stage="screen")
+            rows = self._measurements(recipe=[method.spec], length=length, stage="screen", status="ok")
+            if rows:
+                role = next(r for r in SURVIVORS if r in method.roles)
+                excess = self.judge.excess(rows[-1])
+                best[role].append((excess > 0, excess or relative_time(rows[-1]), method))
+        survivors: list[Method] = []
+        for role, ranked in best.items():
+            ranked.sort(key=lambda entry: entry[:2])
+            families = dict.fromkeys(m.card.slug for _, _, m in ranked)
+            firsts = [next(m for _, _, m in ranked if m.card.slug == slug) for slug in families]
+            rest = [m for _, _, m in ranked if m not in firsts]
+            survivors += [*firsts, *rest][: SURVIVORS[role]]
+        return survivors
+
+    def _measure_all(self, methods: Sequence[Method], role: str) -> None:
+        """One configuration at every length."""
+        for length in self.lengths:
+            self._tick(f"{' + '.join(m.spec for m in methods)}, {length} tokens", length)
+            self._measure_one(methods, role, length)
+
+    def _measure_one(self, methods: Sequence[Method], role: str, length: int, *, stage: str = "full") -> None:
+        """One configuration at one length, unless it is known; failures become rows."""
+        specs = [m.spec for m in methods]
+        if self._measurements(recipe=specs, length=length, stage=stage, status="ok"):
+            return
+        try:
+            row = self._measure(methods, role, length, stage)
+        except SparselandError as error:
+            row = self._failed(specs, role, length, stage, str(error))
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            row = self._failed(specs, role, length, stage, f"out of memory: {error}")
+        except RuntimeError as error:
+            if "memory" not in str(error).lower():
+                raise
+            row = self._failed(specs, role, length, stage, f"out of memory: {error}")
+        self.log.add(row)
+
+    def _measure(self, methods: Sequence[Method], role: str, length: int, stage: str) -> dict[str, Any]:
         with apply(
             self.model, list(methods), calibration_ids=self.calibration_ids, calibrations=self._known(methods)
         ) as handle:
             self._remember(methods, handle.calibrations)
             # What leaves the prompt alone, and yardsticks that may be slow, need no second prompt.
-            timed = role != "control" and any("prefill" in m.roles for m in methods)
-            run = run_window(self.model, self._window(length), length, REPEATS if timed else 1)
-            return self._row(methods, role, length, run, handle.stats())
+            timed = stage == "full" and role != "control" and any("prefill" in m.roles for m in methods)
+            decodes = stage == "full" or any(m.roles - {"prefill"} for m in methods)
+            tokens = (DECODE_TOKENS if stage == "full" else SCREEN_TOKENS) if decodes else 0
+            run = run_window(self.model, self._window(length), length, REPEATS if timed else 1, tokens)
+            return self._row(methods, role, length, run, handle.stats(), stage)
+
+    def _inspect(self, survivors: Sequence[Method]) -> None:
+        """Recall, and the time of choosing against that of computing, for what acts on prompts."""
+        length = self.lengths[-1]
+        for method in survivors:
+            if "prefill" not in method.roles or self.log.of("inspection", recipe=[method.spec]):
+                continue
+            if not self._measurements(recipe=[method.spec], length=length, stage="full", status="ok"):
+                continue
+            self._tick(f"recall of {method.spec}", 2 * length)
+            with apply(
+                self.model, method, calibrations=self._known([method]),
+                calibration_ids=self.calibration_ids, recall=True, timing=True,
+            ) as handle, torch.no_grad():  # fmt: skip
+                ids = self._window(length)[None, :length].to(next(self.model.parameters()).device)
+                self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+                stats = handle.stats()
+            layers = [layer for layer in stats.layers if layer.attend_s is not None]
+            self.log.add(
+                {
+                    "kind": "inspection", "recipe": [method.spec], "length": length,
+                    "density": stats.density, "recall": stats.recall,
+                    "select_s": sum(layer.select_s or 0.0 for layer in layers),
+                    "attend_s": sum(layer.attend_s or 0.0 for layer in layers),
+                }
+            )  # fmt: skip
 
     def _known(self, methods: Sequence[Method]) -> dict[str, Calibration]:
         return {
@@ -289,15 +311,17 @@ class _Job:
                 self.calibrations[method.calibration_key] = found[method.card.slug]
 
     def _row(
-        self, methods: Sequence[Method], role: str, length: int, run: Window, stats: Any
+        self, methods: Sequence[Method], role: str, length: int, run: Window, stats: Any, stage: str = "full"
     ) -> dict[str, Any]:
         dense, ids = self.dense[length], self._window(length)
-        q, base = quality(run, ids, length, dense), quality(dense, ids, length, dense)
+        decoded = run.decode_logits.shape[0]  # one more than there were decoding steps
+        same = replace(dense, decode_logits=dense.decode_logits[:decoded])
+        q, base = quality(run, ids, length, dense), quality(same, ids, length, dense)
         specs = [m.spec for m in methods]
         heads = [layer.density for layer in stats.layers] if stats else None
         return {
             "kind": "measurement", "recipe": specs, "label": recipe_name(specs), "role": role,
-            "length": length, "stage": "full", "status": "ok", "reason": None,
+            "length": length, "stage": stage, "status": "ok", "reason": None,
             "density": stats.density if stats else 1.0,
             "decode_density": stats.decode_density if stats else 1.0,
             "neuron_density": stats.neuron_density if stats else 1.0,
@@ -307,59 +331,19 @@ class _Job:
             "decode_ms": run.decode_ms, "dense_decode_ms": dense.decode_ms,
             "cache_bytes": run.cache_bytes, "dense_cache_bytes": dense.cache_bytes,
             "head_density": heads if heads and all(heads) else None,
-            "windows": 1, "tail_tokens": min(TAIL_TOKENS, length - 1), "decode_tokens": DECODE_TOKENS,
+            "windows": 1, "tail_tokens": min(TAIL_TOKENS, length - 1), "decode_tokens": decoded - 1,
         }  # fmt: skip
 
-    def _failed(self, specs: list[str], role: str, length: int, reason: str) -> dict[str, Any]:
+    def _failed(self, specs: list[str], role: str, length: int, stage: str, reason: str) -> dict[str, Any]:
         return {
             "kind": "measurement", "recipe": specs, "label": recipe_name(specs), "role": role,
-            "length": length, "stage": "full", "status": "failed", "reason": reason.splitlines()[0],
+            "length": length, "stage": stage, "status": "failed", "reason": reason.splitlines()[0],
         }  # fmt: skip
 
     # -------------------------------------------------------- choosing
 
     def _measurements(self, **values: Any) -> list[dict[str, Any]]:
         return self.log.of("measurement", **values)
-
-    def _within(self, specs: list[str]) -> bool:
-        """Whether a configuration stays within the tolerance at every length."""
-        rows = [r for n in self.lengths for r in self._measurements(recipe=specs, length=n, status="ok")]
-        limit = 1 + self.options.tolerance
-        return len(rows) >= len(self.lengths) and all(
-            r["loss"] <= limit * r["dense_loss"] and r["decode_loss"] <= limit * r["dense_decode_loss"]
-            for r in rows
-        )
-
-    def _cost(self, specs: list[str]) -> float:
-        """Time of a request of the longest length (see :meth:`_seconds`) relative to dense.
-
-        Relative, because a resumed run has timed dense anew, on what may be a slower or a faster day.
-        """
-        ours, dense = self._seconds(specs)
-        return ours / dense
-
-    def _seconds(self, specs: list[str]) -> tuple[float, float]:
-        """Seconds for a prompt of the longest length and ``NEW_TOKENS`` more; and dense's."""
-        r = self._measurements(recipe=specs, length=self.lengths[-1], status="ok")[-1]
-        return (
-            r["prefill_s"] + 1e-3 * NEW_TOKENS * r["decode_ms"],
-            r["dense_prefill_s"] + 1e-3 * NEW_TOKENS * r["dense_decode_ms"],
-        )
-
-    def _best(self, candidates: Sequence[Method], role: Role) -> Method | None:
-        """The fastest method of a role within the tolerance."""
-        fit = [m for m in candidates if role in m.roles and self._within([m.spec])]
-        return min(fit, key=lambda m: self._cost([m.spec]), default=None)
-
-    def _compositions(self, candidates: Sequence[Method]) -> list[list[Method]]:
-        """The best of each role together, and pairs with the best prefill method."""
-        roles: tuple[Role, ...] = ("prefill", "select", "store", "linear")
-        best = [m for role in roles if (m := self._best(candidates, role)) is not None]
-        best = list(dict.fromkeys(best))
-        if len(best) < 2:
-            return []
-        pairs = [[best[0], other] for other in best[1:]] if "prefill" in best[0].roles else []
-        return [*pairs, best] if len(best) > 2 or not pairs else pairs
 
     def _controls(self, candidates: Sequence[Method]) -> list[Method]:
         """Dense on the same kernels, and controls at the density of the best prefill method.
@@ -369,50 +353,16 @@ class _Job:
         if self.options.methods:
             return []
         dense = method_class("dense").full_budget(self.lengths[-1])
-        method = self._best(candidates, "prefill")
+        method = self.judge.best(candidates, "prefill")
         if method is None:
             return [dense]
-        row = self._measurements(recipe=[method.spec], length=self.lengths[-1], status="ok")[-1]
+        row = self.judge.full([method.spec], self.lengths[-1])[-1]
         classes = [method_class(s) for s in method_slugs()]
         return [dense] + [
             cls.at_density(row["density"], self.lengths[-1])
             for cls in classes
             if cls.card.control and cls.card.slug != "dense"
         ]
-
-    def _finalists(self) -> list[list[str]]:
-        """The two fastest configurations within the tolerance (dense and controls apart)."""
-        specs = [r["recipe"] for r in self._measurements(length=self.lengths[-1], status="ok")]
-        fit = [s for s in specs if s and self._within(s) and not self._is_control(s)]
-        return sorted(fit, key=self._cost)[:2]
-
-    @staticmethod
-    def _is_control(specs: list[str]) -> bool:
-        return any(parse_spec(s).card.control for s in specs)
-
-    def _choose(self) -> dict[str, Any]:
-        n, tolerance = self.lengths[-1], self.options.tolerance
-        best = next(iter(self._finalists()), [])
-        # The library's own dense path is often the faster rival: its decoding copies no keys.
-        rivals = [s for s in ([], ["dense"]) if self._measurements(recipe=s, length=n, status="ok")]
-        rival = min(rivals, key=self._cost)
-        if not best or self._cost(best) >= self._cost(rival):
-            tried = len({tuple(r["recipe"]) for r in self._measurements()}) - 1
-            reason = f"none of {tried} configurations is faster than dense within {tolerance:.1%} loss"
-            return {
-                "kind": "choice",
-                "recipe": [],
-                "length": n,
-                "reason": reason,
-                "recipe_file": "recipe.json",
-            }
-        ours, dense = self._seconds(best)[0], self._seconds(rival)[0]
-        reason = (
-            f"fastest within {tolerance:.1%} of dense's loss at {', '.join(map(str, self.lengths))} tokens: "
-            f"a prompt of {n} and {NEW_TOKENS} new tokens take {ours:.2f} s, "
-            f"{recipe_name(rival)} {dense:.2f} s"
-        )
-        return {"kind": "choice", "recipe": best, "length": n, "reason": reason, "recipe_file": "recipe.json"}
 
     def _recipe(self, choice: dict[str, Any]) -> Recipe:
         methods = [parse_spec(s) for s in choice["recipe"]]
@@ -423,7 +373,7 @@ class _Job:
                 self.model, methods, calibration_ids=self.calibration_ids, calibrations=known
             ) as handle:
                 known = dict(handle.calibrations)
-        rows = [r for n in self.lengths for r in self._measurements(recipe=choice["recipe"], length=n)]
+        rows = [r for n in self.lengths for r in self.judge.full(choice["recipe"], n)]
         kept = [{k: v for k, v in r.items() if k != "head_density"} for r in rows]
         evidence = {"reason": choice["reason"], "measurements": kept, **circumstances(self.options.command)}
         return Recipe.of(self.model, methods, known, evidence)
@@ -468,17 +418,32 @@ class _Job:
                         if handle is not None:
                             handle.remove()
 
-    def _maps(self, methods: Sequence[Method]) -> None:
-        """Where the true attention lies and what the chosen recipe computes, for a few heads."""
+    def _maps(self, chosen: Sequence[Method], survivors: Sequence[Method]) -> None:
+        """Where the true attention lies and what is computed: heads of the chosen recipe, one of others."""
         from sparseland.report.attention_maps import attention_map_rows
 
-        if not any("prefill" in m.roles for m in methods) or self.log.of("map"):
-            return
         length = min(self.lengths[-1], LONGEST_MAP)  # at short lengths many methods are dense
-        for row in attention_map_rows(
-            self.model, methods, self._known(methods), self._window(length)[:length], bins=MAP_BINS
-        ):
-            self.log.add({"kind": "map", "recipe": [m.spec for m in methods], "length": length, **row})
+        others = [
+            m for m in survivors if "prefill" in m.roles and m.card.slug not in {c.card.slug for c in chosen}
+        ]
+        first_of_each = {m.card.slug: m for m in reversed(others)}.values()
+        recipes: list[tuple[Sequence[Method], dict[str, int]]] = [(chosen, {})]
+        recipes += [([m], {"layers": 1, "heads": 2}) for m in [*first_of_each][:MAPPED_METHODS]]
+        for methods, size in recipes:
+            specs = [m.spec for m in methods]
+            if not any("prefill" in m.roles for m in methods) or self.log.of("map", recipe=specs):
+                continue
+            self._tick(f"attention maps of {' + '.join(specs)}", length)
+            rows = attention_map_rows(
+                self.model,
+                methods,
+                self._known(methods),
+                self._window(length)[:length],
+                bins=MAP_BINS,
+                **size,
+            )
+            for row in rows:
+                self.log.add({"kind": "map", "recipe": specs, "length": length, **row})
 
     def _run_row(self) -> dict[str, Any]:
         config = self.model.config.get_text_config()
@@ -496,9 +461,10 @@ class _Job:
             },
             "text": {"name": str(self.options.text or "Python documentation"), "tokens": self.ids.numel()},
             "lengths": self.lengths, "tolerance": self.options.tolerance,
+            "not_measured": [] if self.options.methods else untrained(),
         }  # fmt: skip
 
-    def _tick(self, message: str, tokens: int) -> None:
+    def _tick(self, message: str, tokens: float) -> None:
         """Tell what comes next; the share of work is counted in tokens."""
         self._say(message, min(self._done / self._total, 0.99))
         self._done += tokens

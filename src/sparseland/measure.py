@@ -26,7 +26,7 @@ class Window:
     """What one window of text cost and how well its tokens were predicted."""
 
     prefill_s: float
-    decode_ms: float
+    decode_ms: float | None
     cache_bytes: int
     tail_logits: Float[Tensor, "T V"]
     decode_logits: Float[Tensor, "S V"]
@@ -37,17 +37,23 @@ class Quality:
     """Losses in nats per token, and agreement with the dense model on the same tokens."""
 
     loss: float
-    decode_loss: float
+    decode_loss: float | None
     kl: float
     top1: float
 
 
 @torch.no_grad()
-def run_window(model: nn.Module, ids: Int[Tensor, " N"], length: int, repeats: int = 1) -> Window:
+def run_window(
+    model: nn.Module,
+    ids: Int[Tensor, " N"],
+    length: int,
+    repeats: int = 1,
+    decode_tokens: int = DECODE_TOKENS,
+) -> Window:
     """Prefill ``length`` tokens (timed), then decode the following ones, fed with the text (timed).
 
     Args:
-        ids: ``length + DECODE_TOKENS + 1`` token ids.
+        ids: at least ``length + decode_tokens + 1`` token ids.
         repeats: prefills; the fastest is reported (other work on the machine only ever adds time).
     """
     device = next(model.parameters()).device
@@ -63,7 +69,7 @@ def run_window(model: nn.Module, ids: Int[Tensor, " N"], length: int, repeats: i
     tail_logits = out.logits[0, -tail - 1 : -1].float().cpu()
     cache, last = out.past_key_values, out.logits[0, -1:].float().cpu()
     logits, steps = [last], []
-    for step in range(DECODE_TOKENS):
+    for step in range(decode_tokens):
         token = ids[None, length + step : length + step + 1]
         elapsed, out = timed(partial(model, input_ids=token, past_key_values=cache, use_cache=True), device)
         logits.append(out.logits[0, -1:].float().cpu())
@@ -71,7 +77,7 @@ def run_window(model: nn.Module, ids: Int[Tensor, " N"], length: int, repeats: i
     # The median leaves out the first steps, which still allocate.
     return Window(
         min(times),
-        1e3 * sorted(steps)[len(steps) // 2],
+        1e3 * sorted(steps)[len(steps) // 2] if steps else None,
         cache_nbytes(cache),
         tail_logits,
         torch.cat(logits),
@@ -82,13 +88,15 @@ def quality(run: Window, ids: Int[Tensor, " N"], length: int, dense: Window) -> 
     """Losses of a run, and its agreement with the dense run of the same window."""
     tail = run.tail_logits.shape[0]
     targets = ids[length - tail : length].cpu()
-    following = ids[length : length + run.decode_logits.shape[0]].cpu()
+    decoded = run.decode_logits.shape[0]  # one more than there were decoding steps
+    following = ids[length : length + decoded].cpu()
     agree = agreement(
-        torch.cat([run.tail_logits, run.decode_logits]), torch.cat([dense.tail_logits, dense.decode_logits])
+        torch.cat([run.tail_logits, run.decode_logits]),
+        torch.cat([dense.tail_logits, dense.decode_logits[:decoded]]),
     )
     return Quality(
         cross_entropy(run.tail_logits, targets),
-        cross_entropy(run.decode_logits, following),
+        cross_entropy(run.decode_logits, following) if decoded > 1 else None,
         agree.kl,
         agree.top1,
     )

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from sparseland.errors import SparselandError
 from sparseland.recipe import write_atomically
-from sparseland.report import figures, provenance
+from sparseland.report import figures, provenance, selection
 from sparseland.report.pareto import loss_change, number, ratio
 from sparseland.report.results import Recipe, Results, key, read_results, score
 from sparseland.report.rows import Line, lines
@@ -31,7 +31,7 @@ from sparseland.report.words import (
     verdict,
 )
 
-MAX_DENSITY_MAPS = 4
+MAX_DENSITY_MAPS = 8
 MAX_ATTENTION_MAPS = 6
 MAX_NEEDLE_GRIDS = 4
 
@@ -67,6 +67,7 @@ def render(results: Results) -> str:
         usage=_usage(results),
         sections=[_section(results, length, marks) for length in results.lengths],
         marks=[(mark, Markup(_SHAPES[mark.marker])) for mark in marks.values()],
+        selections=_selections(results, marks),
         densities=_densities(results),
         maps=_maps(results),
         needles=_needles(results),
@@ -224,6 +225,21 @@ def _densities(results: Results) -> list[dict[str, Any]]:
         }
         for i, row in enumerate(chosen)
     ]
+
+
+def _selections(results: Results, marks: dict[str, figures.Mark]) -> list[dict[str, Any]]:
+    """Per length: recall curves, and where the time of attention goes."""
+    out = []
+    for length in sorted({row["length"] for row in results.inspections}):
+        rows = [row for row in results.inspections if row["length"] == length]
+        out.append(
+            {
+                "length": length,
+                "recall": selection.recall_curves(rows, marks),
+                "times": selection.time_split(rows),
+            }
+        )
+    return out
 
 
 def _maps(results: Results) -> list[dict[str, Any]]:

@@ -59,6 +59,7 @@ def facts(results: Results) -> list[tuple[str, str]]:
         ),
         ("text", _words(text.get("name"), _count(text, "tokens", "tokens"))),
         ("lengths", _words(*(f"{n:,}" for n in results.lengths)) + " tokens"),
+        ("not measured", _left_out(run.get("not_measured"))),
         ("loss allowed", "" if tolerance is None else f"{100 * tolerance:g} % over dense"),
     ]
     return [(name, str(value)) for name, value in found if value]
@@ -104,6 +105,11 @@ def protocol(results: Results) -> list[tuple[str, str]]:
             "cache bytes",
             "Bytes held for keys and values after decoding, with the method's own side structures.",
         ),
+        (
+            "recall, time split",
+            "One more prompt a recipe: attention mass on the computed pairs by the softmax denominators, and "
+            "wall-clock seconds of choosing and of computing, each waited for, summed over the layers.",
+        ),
         ("tasks", "Items made from a seed and answered greedily; dense gets the same items."),
         (
             "choice",
@@ -111,6 +117,10 @@ def protocol(results: Results) -> list[tuple[str, str]]:
             "the one with the fastest request, as the verdict says.",
         ),
     ]
+
+
+def _left_out(slugs: Any) -> str:
+    return f"{_words(*slugs)}: they have to be trained first" if slugs else ""
 
 
 def _count(row: dict[str, Any], key: str, unit: str) -> str:

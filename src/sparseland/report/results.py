@@ -24,6 +24,7 @@ class Results:
         measurements: the newest row of each recipe and length; a full one replaces a screening one.
         drifts: the dense model's time before and after, per length.
         tasks: single task items, right or wrong.
+        inspections: recall, and seconds of selection and of computation, per recipe that acts on prompts.
         maps: attention maps with the computed pairs.
         choice: the chosen recipe, or None while the run is unfinished.
     """
@@ -32,6 +33,7 @@ class Results:
     measurements: list[dict[str, Any]] = field(default_factory=list)
     drifts: list[dict[str, Any]] = field(default_factory=list)
     tasks: list[dict[str, Any]] = field(default_factory=list)
+    inspections: list[dict[str, Any]] = field(default_factory=list)
     maps: list[dict[str, Any]] = field(default_factory=list)
     choice: dict[str, Any] | None = None
 
@@ -120,6 +122,8 @@ def _file(
         results.drifts.append(row)
     elif kind == "task":
         results.tasks.append(row)
+    elif kind == "inspection":
+        results.inspections.append(row)
     elif kind == "map":
         results.maps.append(row)
     elif kind == "choice":

@@ -1,0 +1,95 @@
+"""The main job end to end on a tiny random model: screening, full measurements, files, resuming."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sparseland import frontier
+from sparseland.models.tiny import tiny_model
+
+METHODS = [
+    *(f"flexprefill:gamma={g},min_budget=32,block_size=16" for g in (0.5, 0.7, 0.9)),
+    *(f"minference:vertical={v},slash=100" for v in (16, 64)),
+    *(f"double-sparsity:budget=1/{b},bits=16" for b in (2, 8)),
+    *(f"mustafar:sparsity={s}" for s in (0.3, 0.9)),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("frontier")
+    tiny_model("llama").save_pretrained(root / "model")
+    letters = {chr(97 + i): 3 + i for i in range(26)}
+    words = Tokenizer(models.WordLevel({"<unk>": 0, **letters}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(root / "model")
+    generator = torch.Generator().manual_seed(0)
+    text = " ".join(chr(97 + int(i)) for i in torch.randint(26, (4000,), generator=generator))
+    (root / "text.txt").write_text(text)
+    options = frontier.FrontierOptions(
+        model=str(root / "model"), text=root / "text.txt", methods=METHODS, lengths=[256, 512],
+        tolerance=0.05, out=root / "out", dtype="float32",
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frontier, "TASK_NAMES", ())  # needles need a model that can read
+        result = frontier.run(options)
+        rows = [json.loads(line) for line in (root / "out" / "results.jsonl").read_text().splitlines()]
+        steps = []
+        frontier.run(options, lambda message, done: steps.append(message))
+    again = [json.loads(line) for line in (root / "out" / "results.jsonl").read_text().splitlines()]
+    return result, rows, again, steps, root / "out"
+
+
+def test_every_candidate_is_screened_once_at_the_longest_length(run):
+    screened = [r for r in run[1] if r.get("stage") == "screen"]
+    assert sorted(r["recipe"][0] for r in screened) == sorted(frontier.parse_spec(m).spec for m in METHODS)
+    assert {r["length"] for r in screened} == {512}
+    assert all((r["decode_ms"] is None) == ("prefill" in slug_roles(r)) for r in screened)
+
+
+def slug_roles(row):
+    return frontier.parse_spec(row["recipe"][0]).roles
+
+
+def test_per_role_the_best_of_different_methods_go_on(run):
+    full = {r["recipe"][0] for r in run[1] if r.get("stage") == "full" and len(r.get("recipe", ())) == 1}
+    slugs = {spec.partition(":")[0] for spec in full}
+    assert {"flexprefill", "minference", "double-sparsity", "mustafar"} <= slugs
+    select = [s for s in full if s.startswith("double-sparsity")]
+    assert len(select) <= frontier.SURVIVORS["select"]
+
+
+def test_survivors_are_measured_at_every_length_and_inspected(run):
+    rows = run[1]
+    full = [r for r in rows if r.get("stage") == "full" and r["role"] == "method"]
+    assert {r["length"] for r in full} == {256, 512}
+    looked_at = [r for r in rows if r["kind"] == "inspection"]
+    assert {r["recipe"][0] for r in looked_at} == {r["recipe"][0] for r in full if "prefill" in slug_roles(r)}
+    assert all(0 < r["recall"] <= 1.001 and r["attend_s"] > 0 and r["select_s"] > 0 for r in looked_at)
+    sparse = [r for r in looked_at if r["density"] < 0.9]
+    assert sparse
+    assert all(r["recall"] > r["density"] for r in sparse)
+
+
+def test_files_are_written_and_a_second_run_measures_nothing_anew(run):
+    result, rows, again, steps, out = run
+    assert (out / "recipe.json").exists()
+    page = (out / "report.html").read_text()
+    assert "What the selections keep" in page
+    assert "Attention time of a prompt" in page
+    assert {r["kind"] for r in rows} >= {"run", "measurement", "inspection", "map", "drift", "choice"}
+    count = lambda found: sum(r["kind"] in ("measurement", "inspection", "map") for r in found)  # noqa: E731
+    assert count(again) == count(rows)
+    assert steps
+    assert result.choice["kind"] == "choice"
+
+
+def test_a_default_run_leaves_out_what_has_to_be_trained():
+    left_out = set(frontier.untrained())
+    default = {m.card.slug for m in frontier._candidates(frontier.FrontierOptions())}
+    assert not left_out & default
+    named = frontier._candidates(frontier.FrontierOptions(methods=sorted(left_out) or ["flexprefill"]))
+    assert named
