@@ -201,8 +201,8 @@ class _Ring:
             needed = (self.rule.blocks(n, self.block_size, up=False) - 1) * self.block_size - 1
             if self.held[row] < min(needed, n - self.sinks) and not self.rule.full:
                 raise SparselandError(
-                    f"moa: the cache was decoded into further than new_tokens={self.new_tokens} (or cropped), "
-                    "so a later prompt would miss part of its windows; raise new_tokens"
+                    f"moa: the cache was decoded into further than new_tokens={self.new_tokens} (or was "
+                    "cropped), so a later prompt would miss part of its windows; raise new_tokens"
                 )
 
     def extend(self, k: Tensor, v: Tensor, lengths: list[int]) -> None:
