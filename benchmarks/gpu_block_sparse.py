@@ -139,6 +139,12 @@ def has_fa4() -> bool:
     return True
 
 
+def has_gluon() -> bool:
+    from sparseland.ops.block_sparse_attention import _why_not_gluon
+
+    return _why_not_gluon(torch.empty(0, 0, 0, 64, device="cuda", dtype=torch.bfloat16), 128) is None
+
+
 def check(dim: int, size: int, backend: str) -> list[dict[str, Any]]:
     """Outputs, log-sum-exp and gradients against the reference in fp32 on the same bf16 inputs."""
     rows = []
@@ -199,7 +205,7 @@ def sweep(key: tuple[str, int, int], n: int) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row.get("ms", math.inf))
 
 
-def dense_rivals(x: list[Tensor]) -> dict[str, dict[str, float | str]]:
+def dense_rivals(x: list[Tensor], backward: bool = True) -> dict[str, dict[str, float | str]]:
     """Forward and backward times of dense causal attention by the fastest there are."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -217,6 +223,8 @@ def dense_rivals(x: list[Tensor]) -> dict[str, dict[str, float | str]]:
 
                 with torch.no_grad():
                     rivals[name] = {"forward": milliseconds(forward)}
+                if not backward:
+                    continue
                 out = forward()
                 rivals[name]["backward"] = milliseconds(
                     lambda out=out, leaves=leaves: torch.autograd.grad(out, leaves, d_out, retain_graph=True)
@@ -230,10 +238,11 @@ def dense_rivals(x: list[Tensor]) -> dict[str, dict[str, float | str]]:
         try:
             run = lambda: interface._flash_attn_fwd(*turned[:3], causal=True, return_lse=True)  # noqa: E731
             rivals["fa4"] = {"forward": milliseconds(run)}
-            out, lse = run()[:2]
-            rivals["fa4"]["backward"] = milliseconds(
-                lambda: interface._flash_attn_bwd(*turned[:3], out, turned[3], lse, causal=True)
-            )
+            if backward:
+                out, lse = run()[:2]
+                rivals["fa4"]["backward"] = milliseconds(
+                    lambda: interface._flash_attn_bwd(*turned[:3], out, turned[3], lse, causal=True)
+                )
         except Exception as problem:
             rivals.setdefault("fa4", {})["failed"] = str(problem)[:200]
     return rivals
@@ -269,14 +278,17 @@ def compare(n: int, dim: int, best: dict[tuple[str, int, int], Tile]) -> list[di
         {"N": n, "D": dim, "what": name, "failed": t["failed"]} for name, t in rivals.items() if "failed" in t
     ]
     sizes = (128, 64) if dim == 128 else (128,)
-    for size, uneven in [(s, u) for s in sizes for u in (False, True)]:
-        pattern = random_lists(n, size, 0.1, uneven)
+    cases = [(size, uneven, 0.1) for size in sizes for uneven in (False, True)]
+    if n > 65536:
+        cases += [(128, uneven, share) for share in (0.05, 0.02) for uneven in (False, True)]
+    for size, uneven, share in cases:
+        pattern = random_lists(n, size, share, uneven)
         density = float(pattern.density().mean())
         lists = (pattern.counts, pattern.indices, size, dim**-0.5)
         calls: dict[tuple[str, str], Callable[[], object]] = {
             ("triton", "forward"): launch("forward", tuned("forward", dim, size, best), x, pattern)
         }
-        if size == 128:
+        if size == 128 and share == 0.1:
             out, lse = forward_module.forward(q, k, v, *lists)
             d_lse = torch.zeros_like(lse)
             tiles = (
@@ -288,8 +300,15 @@ def compare(n: int, dim: int, best: dict[tuple[str, int, int], Tile]) -> list[di
             if has_fa4():
                 from sparseland.ops.block_sparse_attention import fa4
 
-                calls["fa4", "forward"] = lambda a=lists: fa4.forward(q, k, v, *a)
                 calls["fa4", "backward"] = lambda s=saved: fa4.backward(*s)
+        if size == 128 and has_gluon():
+            from sparseland.ops.block_sparse_attention import gluon
+
+            calls["gluon", "forward"] = lambda a=lists: gluon.forward(q, k, v, *a)
+        if size == 128 and has_fa4():
+            from sparseland.ops.block_sparse_attention import fa4
+
+            calls["fa4", "forward"] = lambda a=lists: fa4.forward(q, k, v, *a)
         results: dict[str, Any] = {}
         for (backend, way), call in calls.items():
             row: dict[str, Any] = {"N": n, "D": dim, "what": f"{backend} block {size}", "direction": way}
@@ -370,7 +389,7 @@ def main() -> None:
         "date": now(),
         "machine": machine(),
         "versions": versions(),
-        "inputs": "Gaussian q, k, v; random block lists, density 10 % before the diagonal is added",
+        "inputs": "Gaussian q, k, v; random block lists of 2, 5 and 10 % density before the diagonal is added",
         "shape": f"bf16, batch 1, {HEADS} query and {KV_HEADS} key heads, causal",
         "seconds": {},
     }
@@ -417,7 +436,9 @@ def main() -> None:
     def checks(backend: str) -> list[dict[str, Any]]:
         rows = []
         for dim, size in sizes:
-            if backend == "triton" or (size == 128 and dim <= 128):
+            if backend == "triton" or (
+                size == 128 and (dim <= 128 if backend == "fa4" else dim in (64, 128))
+            ):
                 try:
                     rows += check(dim, size, backend)
                 except Exception as problem:
@@ -429,6 +450,8 @@ def main() -> None:
     section("correct triton", lambda: checks("triton"))
     if has_fa4():
         section("correct fa4", lambda: checks("fa4"))
+    if has_gluon():
+        section("correct gluon", lambda: checks("gluon"))
     section("sweep", tune)
     for n in (32768,) if options.quick else (32768, 131072):
         for dim in (128, 64):
