@@ -8,9 +8,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sparseland.attention.flexprefill import FlexPrefill, js_distance
+from sparseland.attention.flexprefill import FlexPrefill
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs, method_class, parse_spec
+from sparseland.ops.block_scores.fast import js_distance
 from sparseland.patterns import BlockPattern, WindowPattern
 
 # Whole prompt, odd length, chunks that do and do not start at a block's edge, fewer queries than a block.

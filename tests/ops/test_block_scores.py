@@ -146,7 +146,17 @@ def test_same_input_same_bits(backend: str) -> None:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(torch.ops.sparseland.probe_vertical_slash.default, (*inputs(CASES[0]), 20, 0.3))
+    q, k = inputs(CASES[0])
+    ops = torch.ops.sparseland
+    torch.library.opcheck(ops.probe_sums.default, (q, k, 20, 16, 0.3))
+    active = torch.tensor([[True, False, True]], device=DEVICE)
+    torch.library.opcheck(ops.mean_pool.default, (k, 16, None))
+    q, k = block_scores.mean_pool(q, 16), block_scores.mean_pool(k, 16)
+    # What an inactive head gets is undefined, so all are active where results are compared.
+    torch.library.opcheck(ops.pooled_map.default, (q, k, 70, 70, 16, 0.3, True, active | True))
+    torch.library.opcheck(
+        ops.probe_distance.default, (*inputs(CASES[0])[:1], k, k.new_ones(1, 3, 5), 20, 0.3)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")

@@ -82,7 +82,7 @@ def search(model: nn.Module, ids: Int[Tensor, "B N"]) -> list[list[HeadShape]]:
 @torch.no_grad()
 def search_layer(x: AttentionInputs, sinks: int, window: int) -> list[Candidate]:
     """All candidates of one layer, at the cost of an A-shape with these sinks and this window."""
-    index = LayerIndex(x)
+    index = LayerIndex(x, ranked=True)
     n, heads, device = index.n_keys, index.heads, x.q.device
     dense = attend(x.q, x.k, x.v, WindowPattern.dense(index.n_queries, n), scale=x.scale).float()
 

@@ -30,8 +30,13 @@ from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs, Calibration, Card, PrefillMethod, param
-from sparseland.ops.block_scores import mean_pool, pooled_scores, probe_vertical_slash
-from sparseland.patterns import BlockPattern, Pattern, WindowPattern, cdiv
+from sparseland.ops.block_lists import block_lists
+from sparseland.ops.block_scores import mean_pool, pooled_map, probe_distance, probe_sums
+from sparseland.ops.top_values import covering, top_mask
+from sparseland.patterns import BlockPattern, Pattern, WindowPattern, cdiv, in_pieces
+
+# The query-aware heads' maps that may exist at once.
+_MAP_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,9 @@ class FlexPrefill(PrefillMethod):
             "distances are pooled from 0 upwards; the released code pools from the far end, which shifts the "
             "groups when the length is no multiple of the block size",
             "gamma=1 is dense, whatever rounding does to the sums",
+            "in the query-aware map, blocks that weigh exactly as much as the one that crosses gamma are "
+            "kept with it",
+            "a head whose estimates are not finite (NaN or infinity in its queries or keys) is dense",
         ),
         limits=(
             "the chosen blocks' mass can lie below gamma: tokens are counted, but blocks are picked by "
@@ -111,93 +119,105 @@ class FlexPrefill(PrefillMethod):
         least, columns = cdiv(self.min_budget, size), cdiv(n_keys, size)
         if n_keys <= max(2, least) * size:
             return WindowPattern.dense(n_queries, n_keys)
-        most = columns if self.max_budget is None else cdiv(self.max_budget, size)
+        most = columns if self.max_budget is None else min(columns, cdiv(self.max_budget, size))
         probe = min(size, n_queries)
-        sums = probe_vertical_slash(x.q, x.k, probe, x.scale)
-        scores = torch.stack(sums) / probe  # [2, B, H, Nk]: a_v and a_s
-        budget = covering_blocks(scores, self.gamma, size).clamp(least, min(most, columns))
-        pooled = sum_blocks(scores, size)  # [2, B, H, Mk]: A_v and A_s
+        # Entry 0: a_v and A_v, entry 1: a_s and A_s, as sums over the probe's rows.
+        tokens, sums = probe_sums(x.q, x.k, probe, size, x.scale)
+        mass = math.inf if self.gamma >= 1 else self.gamma * probe
+        budget = covering_blocks(tokens, mass, size).clamp(least, most)
 
-        trusted = self._query_aware(x, probe, pooled[0])  # [B, H]
+        keys = mean_pool(x.k, size)
+        trusted = probe_distance(x.q, keys, sums[0], probe, x.scale) < self.tau  # [B, H]; NaN is no
         budget = torch.where(trusted, least, budget)
-        pooled[..., 0] = torch.inf  # the first keys, and each query's own neighbourhood
-        vertical, slash = top_mask(pooled, budget)
-        blocks = vertical[:, :, None, :] | block_diagonals(slash, n_queries, n_keys, size)
-        blocks |= covering_map(pooled_scores(x.q, x.k, size, x.scale), self.gamma) & trusted[..., None, None]
-        return BlockPattern.from_block_mask(blocks, size, n_queries, n_keys)
+        if self.max_budget is not None:
+            # Where estimates are not finite, the head is dense, whatever the maximum.
+            budget = torch.where(sums.sum(-1).isfinite(), budget, columns)
+        # The first keys, and each query's own neighbourhood, come before all others.
+        vertical, slash = top_mask(sums, budget, forced=1)
+        bands = block_bands(slash, x.offset % size)
+        awareness = self._query_aware(x, keys, trusted)
+
+        def lists(start: int, stop: int) -> BlockPattern:
+            seen = x.offset + stop
+            blocks = vertical[..., : cdiv(seen, size)]
+            counts, indices = block_lists(
+                stop - start, seen, size, columns=blocks, bands=bands,
+                weights=None if awareness is None else awareness.weights(start, stop),
+                threshold=None if awareness is None else awareness.threshold,
+                active=None if awareness is None else trusted,
+            )  # fmt: skip
+            return BlockPattern(stop - start, seen, size, counts, indices)
+
+        return in_pieces(lists, n_queries, n_keys, size, 4 * columns * trusted.numel())
 
     def _query_aware(
-        self, x: AttentionInputs, probe: int, true: Float[Tensor, "B H Mk"]
-    ) -> Bool[Tensor, "B H"]:
-        """Whether the probe's attention per block is well told by block means."""
-        batch, heads, _, dim = x.q.shape
-        q = x.q[:, :, -probe:].float().mean(2).reshape(batch, x.k.shape[1], -1, dim)
-        k = mean_pool(x.k, self.block_size).float()
-        guess = (q @ k.transpose(-1, -2) * x.scale).softmax(-1).reshape(batch, heads, -1)
-        return js_distance(guess, true) < self.tau
+        self, x: AttentionInputs, keys: Float[Tensor, "B Hkv Mk D"], trusted: Bool[Tensor, "B H"]
+    ) -> QueryAware | None:
+        """What the trusted heads choose, unless there is surely none."""
+        if self.tau == 0 or (trusted.device.type == "cpu" and not bool(trusted.any())):
+            return None
+        return QueryAware(x, keys, trusted, self.gamma, self.block_size)
 
 
-def js_distance(p: Float[Tensor, "*batch n"], q: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
-    """Square root of the Jensen-Shannon divergence in nats, in [0, sqrt(ln 2)]; zeros are allowed."""
-    m = (p + q) / 2
-    # Where m is 0, p and q are too and xlogy(0, 0) is 0 on both sides.
-    divergence = sum((torch.xlogy(a, a) - torch.xlogy(a, m)).sum(-1) for a in (p, q)) / 2
-    assert isinstance(divergence, Tensor)
-    return divergence.clamp(min=0).sqrt()
+class QueryAware:
+    """The blocks of the map of block means that together reach ``gamma`` of it, head by head.
+
+    Each row of the map sums to 1. It is held for all heads at once if it is small enough, else for some heads
+    while their threshold is found, and for a stretch of queries while their lists are made.
+    """
+
+    def __init__(
+        self,
+        x: AttentionInputs,
+        keys: Float[Tensor, "B Hkv Mk D"],
+        trusted: Bool[Tensor, "B H"],
+        gamma: float,
+        size: int,
+    ) -> None:
+        self.x, self.keys, self.trusted, self.size = x, keys, trusted, size
+        self.queries = mean_pool(x.q, size, active=trusted)
+        batch, heads, rows = self.queries.shape[:3]
+        mass = math.inf if gamma >= 1 else gamma * rows
+        step = max(1, _MAP_BYTES // (4 * batch * x.group * rows * keys.shape[2])) * x.group
+        self.map = self._map(slice(0, heads)) if step >= heads else None
+        thresholds = []
+        for start in range(0, heads, step):
+            some = slice(start, start + step)
+            weights = self._map(some) if self.map is None else self.map
+            # In a head with a NaN, or that never reaches the mass, the threshold is 0: all blocks.
+            thresholds.append(covering(weights.flatten(-2), mass, trusted[:, some])[0])
+        self.threshold = torch.cat(thresholds, 1)
+
+    def _map(self, heads: slice) -> Float[Tensor, "B h Mq Mk"]:
+        own = slice(heads.start // self.x.group, cdiv(heads.stop, self.x.group))
+        sizes = (self.x.q.shape[2], self.x.k.shape[2])
+        return self._weigh(self.queries[:, heads], self.keys[:, own], self.trusted[:, heads], *sizes)
+
+    def _weigh(
+        self, queries: Tensor, keys: Tensor, active: Tensor, n_queries: int, n_keys: int
+    ) -> Float[Tensor, "B h m n"]:
+        sizes = (n_queries, n_keys, self.size)
+        return pooled_map(queries, keys, *sizes, self.x.scale, normalise=True, active=active)
+
+    def weights(self, start: int, stop: int) -> Float[Tensor, "B H m n"]:
+        """The map's rows of the queries [start, stop), up to the keys that they can see."""
+        if self.map is not None and stop - start == self.x.q.shape[2]:
+            return self.map
+        rows, seen = slice(start // self.size, cdiv(stop, self.size)), self.x.offset + stop
+        keys = self.keys[:, :, : cdiv(seen, self.size)]
+        return self._weigh(self.queries[:, :, rows], keys, self.trusted, stop - start, seen)
 
 
-def covering_blocks(
-    scores: Float[Tensor, "*batch n"], gamma: float, block_size: int
-) -> Int[Tensor, "*batch"]:
-    """How many blocks' worth of tokens it takes until the largest scores reach ``gamma``."""
-    return _covering(scores.sort(dim=-1, descending=True).values, gamma) // block_size + 1
+def covering_blocks(scores: Float[Tensor, "*batch n"], mass: float, block_size: int) -> Int[Tensor, "*batch"]:
+    """How many blocks' worth of tokens it takes until the largest scores exceed ``mass``."""
+    return covering(scores, mass)[1] // block_size + 1
 
 
-def covering_map(scores: Float[Tensor, "B H Mq Mk"], gamma: float) -> Bool[Tensor, "B H Mq Mk"]:
-    """The fewest blocks of the whole map whose row-softmaxed ``scores`` reach ``gamma`` of it."""
-    weights, order = scores.softmax(-1).flatten(-2).sort(dim=-1, descending=True, stable=True)
-    count = _covering(weights, gamma, total=scores.shape[-2])
-    return _mark(order, count).reshape(scores.shape)
-
-
-def _covering(
-    descending: Float[Tensor, "*batch n"], gamma: float, total: float = 1.0
-) -> Int[Tensor, "*batch"]:
-    """How many leading values exceed ``gamma * total``; more than there are if gamma is 1."""
-    mass = math.inf if gamma >= 1 else gamma * total
-    return 1 + (descending.cumsum(-1, dtype=torch.float64) <= mass).sum(-1)
-
-
-def sum_blocks(scores: Float[Tensor, "*batch n"], block_size: int) -> Float[Tensor, "*batch m"]:
-    """Sums of ``block_size`` neighbours."""
-    padded = F.pad(scores, (0, -scores.shape[-1] % block_size))
-    return padded.reshape(*scores.shape[:-1], -1, block_size).sum(-1)
-
-
-def top_mask(scores: Float[Tensor, "*batch n"], count: Int[Tensor, "*batch"]) -> Bool[Tensor, "*batch n"]:
-    """Marks the ``count`` largest, ties to the earlier."""
-    return _mark(scores.argsort(dim=-1, descending=True, stable=True), count)
-
-
-def _mark(order: Int[Tensor, "*batch n"], count: Int[Tensor, "*batch"]) -> Bool[Tensor, "*batch n"]:
-    """True at the first ``count`` positions that ``order`` names."""
-    taken = torch.arange(order.shape[-1], device=order.device) < count[..., None]
-    return torch.zeros_like(taken).scatter_(-1, order, taken)
-
-
-def block_diagonals(
-    slash: Bool[Tensor, "B H Mk"], n_queries: int, n_keys: int, block_size: int
-) -> Bool[Tensor, "B H Mq Mk"]:
-    """Key blocks at the chosen distances (in blocks) before each query block.
+def block_bands(slash: Bool[Tensor, "B H Mk"], shift: int) -> Bool[Tensor, "B H W"]:
+    """Diagonals of blocks for distances in blocks: entry 1 + d stands for ``d`` blocks before a query's own.
 
     A query block that starts at position p takes, for distance s, the keys ``p - s b ... p - s b + b - 1``:
-    one block where p is a multiple of b, the two it touches where a chunk starts elsewhere.
+    one block where p is a multiple of b, the two it touches where a chunk starts ``shift`` tokens later.
     """
-    offset, m = n_keys - n_queries, slash.shape[-1]
-    row = torch.arange(cdiv(n_queries, block_size), device=slash.device) + offset // block_size
-    distance = row[:, None] - torch.arange(m, device=slash.device)  # in blocks, -1 for one to the right
-    bands = F.pad(slash, (0, 1))  # the last entry stands for "no such distance"
-    blocks = bands[..., torch.where(distance >= 0, distance, m)]
-    if offset % block_size:
-        blocks = blocks | bands[..., torch.where(distance >= -1, distance + 1, m).clamp(max=m)]
-    return blocks
+    bands = F.pad(slash, (1, 0))
+    return bands | F.pad(slash, (0, 1)) if shift else bands

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparseland.patterns import visible_blocks
@@ -20,13 +20,21 @@ def mean_pool(x: Float[Tensor, "B H N D"], block_size: int) -> Float[Tensor, "B 
     return torch.cat((pooled, rest), dim=2)
 
 
-def pooled_scores(
-    q: Float[Tensor, "B Hq Nq D"], k: Float[Tensor, "B Hkv Nk D"], block_size: int, scale: float
+def pooled_map(
+    q: Float[Tensor, "B Hq Mq D"],
+    k: Float[Tensor, "B Hkv Mk D"],
+    n_queries: int,
+    n_keys: int,
+    block_size: int,
+    scale: float,
+    normalise: bool,
+    active: Bool[Tensor, "B Hq"] | None = None,
 ) -> Float[Tensor, "B Hq Mq Mk"]:
-    """One product of pooled queries and pooled keys; blocks wholly in the future are -inf."""
-    scores = _grouped_product(mean_pool(q, block_size) * scale, mean_pool(k, block_size))
-    visible = visible_blocks(q.shape[2], k.shape[2], block_size, q.device)
-    return scores.masked_fill(~visible, -torch.inf)
+    """One product of pooled queries and pooled keys, for all heads."""
+    scores = _grouped_product(q * scale, k)
+    visible = visible_blocks(n_queries, n_keys, block_size, q.device)
+    scores.masked_fill_(~visible, -torch.inf)
+    return scores.softmax(-1) if normalise else scores
 
 
 def probe_probabilities(
@@ -62,6 +70,38 @@ def probe_vertical_slash(
 ) -> tuple[Float[Tensor, "B Hq Nk"], Float[Tensor, "B Hq Nk"]]:
     """The two steps one after the other; holds all L x Nk probabilities of all heads."""
     return vertical_slash_scores(probe_probabilities(q, k, n_probe, scale))
+
+
+def probe_sums(
+    q: Float[Tensor, "B Hq Nq D"], k: Float[Tensor, "B Hkv Nk D"], n_probe: int, block_size: int, scale: float
+) -> tuple[Float[Tensor, "2 B Hq Nk"], Float[Tensor, "2 B Hq Mk"]]:
+    """The sums of tokens side by side, then those of blocks."""
+    tokens = torch.stack(probe_vertical_slash(q, k, n_probe, scale))
+    padded = F.pad(tokens, (0, -tokens.shape[-1] % block_size))
+    return tokens, torch.unflatten(padded, -1, (-1, block_size)).sum(-1)
+
+
+def probe_distance(
+    q: Float[Tensor, "B Hq Nq D"],
+    k: Float[Tensor, "B Hkv Mk D"],
+    true: Float[Tensor, "B Hq Mk"],
+    n_probe: int,
+    scale: float,
+) -> Float[Tensor, "B Hq"]:
+    """One small product, then the distance of two distributions."""
+    n_probe = min(n_probe, q.shape[2])
+    mean = q[:, :, -n_probe:].mean(2, keepdim=True, dtype=torch.float32)
+    guess = (_grouped_product(mean, k)[:, :, 0] * scale).softmax(-1)
+    return js_distance(guess, true / n_probe)
+
+
+def js_distance(p: Float[Tensor, "*batch n"], q: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch"]:
+    """Square root of the Jensen-Shannon divergence in nats, in [0, sqrt(ln 2)]; zeros are allowed."""
+    m = (p + q) / 2
+    # Where m is 0, p and q are too and xlogy(0, 0) is 0 on both sides.
+    divergence = sum((torch.xlogy(a, a) - torch.xlogy(a, m)).sum(-1) for a in (p, q)) / 2
+    assert isinstance(divergence, Tensor)
+    return divergence.clamp(min=0).sqrt()
 
 
 def _grouped_product(

@@ -1,0 +1,127 @@
+"""The largest values of rows: so many of them, or as many as reach a given sum.
+
+Selections need the set, not the order, so long rows are not sorted on a GPU: the value where the set ends
+is found by its bits, eight at a time, from histograms of the rows (radix selection). Nothing synchronises
+with the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sparseland.errors import SparselandError
+from sparseland.ops._dispatch import Backend, choose, on_cpu, why_no_triton
+from sparseland.ops.top_values import fast, reference
+
+__all__ = ["covering", "top_mask"]
+
+_HERE = "sparseland.ops.top_values"
+# How far a row's sum may reach: sums are fixed-point numbers in the kernels, 2^-40 of a unit exact.
+LARGEST_SUM = 2.0**20
+
+BACKENDS = (
+    Backend("cpu", f"{_HERE}.fast", on_cpu),
+    Backend("triton", f"{_HERE}.triton", why_no_triton),
+    Backend("torch", f"{_HERE}.fast", lambda _: None),
+    Backend("reference", f"{_HERE}.reference", lambda _: None),
+)
+
+
+def top_mask(
+    values: Float[Tensor, "*batch n"],
+    count: Int[Tensor, "*batch"],
+    forced: int = 0,
+    *,
+    backend: str | None = None,
+) -> Bool[Tensor, "*batch n"]:
+    """Marks the ``count`` largest values of each row, ties to the earlier place.
+
+    Args:
+        values: float32 rows; NaN counts as larger than any number.
+        count: how many to mark per row, at most all; broadcasts against the rows.
+        forced: the first so many places come before all others, in their order.
+        backend: ``cpu``, ``triton``, ``torch`` or ``reference``; by default the fastest that can.
+
+    Returns:
+        ``[*batch, n]`` bool.
+
+    Raises:
+        SparselandError: not float32, ``forced`` is negative, or the requested backend can't run the input.
+    """
+    _check("top_mask", values)
+    if forced < 0:
+        raise SparselandError(f"top_mask: forced={forced}; it must be 0 or more")
+    chosen = choose("top_mask", BACKENDS, backend, values)
+    if values.shape[-1] == 0:
+        return values.new_zeros(values.shape, dtype=torch.bool)
+    count = count.expand(values.shape[:-1])
+    if chosen.name == "triton":
+        result: Tensor = _top_mask(values, count, forced)
+        return result
+    if chosen.name == "reference":
+        return reference.top_mask(values, count, forced)
+    return fast.top_mask(values, count, forced)
+
+
+def covering(
+    weights: Float[Tensor, "*batch n"],
+    mass: float,
+    active: Bool[Tensor, "*batch"] | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Float[Tensor, "*batch"], Int[Tensor, "*batch"]]:
+    """Where each row's largest weights, taken one by one, first exceed ``mass`` together.
+
+    Args:
+        weights: float32 rows of numbers >= 0 whose sums are below 2^20.
+        mass: what to exceed.
+        active: rows that are looked at; the results of others are 0 (no work is done for them on a GPU).
+        backend: ``cpu``, ``triton``, ``torch`` or ``reference``; by default the fastest that can.
+
+    Returns:
+        The weight with which a row's sum exceeds ``mass`` (float32), and how many were taken (int64). A row
+        that never does, or that holds a number which is not finite, gives 0 and ``n + 1``: all.
+
+    Raises:
+        SparselandError: not float32, or the requested backend can't run the input.
+    """
+    _check("covering", weights)
+    chosen = choose("covering", BACKENDS, backend, weights)
+    if chosen.name == "triton":
+        value, taken = _covering(weights, min(mass, 2 * LARGEST_SUM), active)
+        return value, taken
+    if chosen.name == "reference":
+        return reference.covering(weights, mass, active)
+    return fast.covering(weights, mass, active)
+
+
+def _check(op: str, x: Tensor) -> None:
+    if x.dim() < 1 or x.dtype != torch.float32:
+        raise SparselandError(f"{op}: rows of float32 numbers are needed, got {x.dtype} {list(x.shape)}")
+
+
+@torch.library.custom_op("sparseland::top_mask", mutates_args=())
+def _top_mask(values: Tensor, count: Tensor, forced: int) -> Tensor:
+    from sparseland.ops.top_values.triton import top_mask
+
+    return top_mask(values, count, forced)
+
+
+@_top_mask.register_fake
+def _(values: Tensor, count: Tensor, forced: int) -> Tensor:
+    return values.new_empty(values.shape, dtype=torch.bool)
+
+
+@torch.library.custom_op("sparseland::covering", mutates_args=())
+def _covering(weights: Tensor, mass: float, active: Tensor | None) -> tuple[Tensor, Tensor]:
+    from sparseland.ops.top_values.triton import covering
+
+    return covering(weights, mass, active)
+
+
+@_covering.register_fake
+def _(weights: Tensor, mass: float, active: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows = weights.shape[:-1]
+    return weights.new_empty(rows), weights.new_empty(rows, dtype=torch.int64)
