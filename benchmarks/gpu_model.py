@@ -1,14 +1,14 @@
 """Time to first token of whole models on a GPU: sparse prefill against dense FlashAttention-4.
 
-    PYTHONPATH=src python benchmarks/gpu_model.py --out FILE.json [--models smollm2,llama-8b,qwen-7b-1m] [--layers N]
+    PYTHONPATH=src python benchmarks/gpu_model.py --out FILE.json [--models smollm2,llama-8b,qwen-7b-1m]
 
 SmolLM2-135M reads real text with its own weights. Models of the shapes of Llama-3.1-8B and Qwen2.5-7B-1M have
-random weights, whose attention would be noise; so their layers compute block patterns that FlexPrefill selected
-on real inputs of the same length and shape (benchmarks/inputs.py; 7 query heads a key head are the first 7
-patterns of 8), and still run the selection itself on their own queries and keys, so that its time is in the
-number. ``--layers`` cuts those models to their first layers: a layer's time does not depend on its number, and
-the ratio is that of the whole model but for embedding and head. MLPs run in pieces of 64K tokens, for
-dense and sparse alike, so that a million tokens fit.
+random weights, whose attention would be noise; so their layers compute block patterns that FlexPrefill
+selected on real inputs of the same length and shape (benchmarks/inputs.py; 7 query heads a key head are the
+first 7 patterns of 8), and still run the selection itself on their own queries and keys, so that its time is
+in the number. ``--layers`` cuts those models to their first layers: a layer's time does not depend on its
+number, and the ratio is that of the whole model but for embedding and head. MLPs run in pieces of 64K
+tokens, for dense and sparse alike, so that a million tokens fit.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def shaped(name: str, layers: int, length: int) -> nn.Module:
 
 @torch.no_grad()
 def first_token(model: nn.Module, ids: Tensor, repeats: int) -> tuple[float, float]:
-    """Seconds to the first token (fastest of the repeats, after one to warm up), and peak GB above the weights."""
+    """Seconds to the first token (fastest after one to warm up), and peak GB above the weights."""
     base = torch.cuda.memory_allocated()
     times = []
     for turn in range(repeats + 1):

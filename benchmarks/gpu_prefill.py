@@ -4,8 +4,9 @@
 
 Inputs are those of :mod:`inputs` (a real model reading real text). Each method runs at the settings of its
 paper (a class's defaults); recall is the attention mass on the computed pairs by the softmax denominators,
-error the relative Frobenius norm against dense. Dense is FlashAttention-4 where installed, else the fastest of
-PyTorch's. Times are medians over CUDA events, warm; selection and computation are timed apart and together.
+error the relative Frobenius norm against dense. Dense is FlashAttention-4 where installed, else the fastest
+of PyTorch's. Times are medians over CUDA events, warm; selection and computation are timed apart and
+together.
 
 ``--peers`` names a folder with the authors' own code, timed in the same run on the same inputs: FlexPrefill's
 Triton operator (``flex_prefill_peer/flex_prefill_attention.py``) and MInference's vertical-slash kernel
@@ -197,7 +198,8 @@ def main() -> None:
                         row["of_ideal"] = mean["density"] * times[rival] / mean["attend_ms"]
                         print(
                             f"  {method.spec:44s} density {row['density']:.4f} recall {row['recall']:.3f} "
-                            f"error {row['error']:.3f} select {row['select_ms']:8.3f} ({row['select_share']:.1%}) "
+                            f"error {row['error']:.3f} "
+                            f"select {row['select_ms']:8.3f} ({row['select_share']:.1%}) "
                             f"attend {row['attend_ms']:8.3f} ({row['of_ideal']:.2f} of ideal) "
                             f"whole {row['whole_ms']:8.3f} ({row['speedup']:.2f}x)"
                             f"{' SYNC' if row['synchronises'] else ''}",

@@ -22,6 +22,35 @@ from sparseland.errors import SparselandError
 ENVIRONMENT = "SPARSELAND_BACKEND"
 
 
+class _OnInputDevice:
+    """A module whose functions run on the GPU of their first tensor.
+
+    Kernels are launched on the current device, which need not be the one that holds the inputs.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        if not callable(value) or isinstance(value, type):
+            return value
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+            if first is None or not first.is_cuda or first.device.index == torch.cuda.current_device():
+                return value(*args, **kwargs)
+            with torch.cuda.device(first.device):
+                return value(*args, **kwargs)
+
+        return run
+
+
+def loaded(module: str) -> Any:
+    """A backend's module, imported now, its functions running on the device of their inputs."""
+    return _OnInputDevice(importlib.import_module(module))
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op.
@@ -37,8 +66,8 @@ class Backend:
     why_not: Callable[..., str | None]
 
     def load(self) -> Any:
-        """The module (imported now: Triton and FlashAttention stay unloaded until they are used)."""
-        return importlib.import_module(self.module)
+        """The module, imported now: Triton and FlashAttention stay unloaded until they are used."""
+        return loaded(self.module)
 
 
 def choose(
