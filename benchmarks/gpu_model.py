@@ -154,7 +154,8 @@ def compare(name: str, model: nn.Module, ids: Tensor, method: FlexPrefill, repea
         sparse_s, sparse_gb = first_token(model, ids, repeats)
         density = handle.stats().density
     return {
-        "model": name, "length": ids.shape[1], "layers": model.config.num_hidden_layers, "method": method.spec,
+        "model": name, "length": ids.shape[1], "layers": model.config.num_hidden_layers,
+        "method": method.spec,
         "density": density, "dense_fa4_s": dense_s, "sparse_s": sparse_s, "speedup": dense_s / sparse_s,
         "dense_peak_gb": dense_gb, "sparse_peak_gb": sparse_gb,
     }  # fmt: skip

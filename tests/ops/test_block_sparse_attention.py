@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from sparseland.errors import SparselandError
-from sparseland.ops.block_sparse_attention import _backward, _forward, block_sparse_attention
+from sparseland.ops.block_sparse_attention import (
+    _backward,
+    _forward,
+    _why_not_gluon,
+    block_sparse_attention,
+)
 from sparseland.patterns import BlockPattern, cdiv
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,12 +53,12 @@ CASES = {
     "half precision": Case(1, 2, 1, 128, 128, 80, 64, dtype=torch.float16),
 }
 SIZES = [(64, 64), (64, 128), (80, 128), (96, 64), (128, 64), (128, 128), (256, 128), (256, 64)]
-# FA4's route takes blocks of 128 and head dimensions up to 128.
+# FA4's route takes blocks of 128 and head dimensions up to 128, Gluon's 64 and 128 only.
 COMPILED = [
     (D, block_size, backend)
     for D, block_size in SIZES
-    for backend in ("triton", "fa4")
-    if backend == "triton" or (block_size == 128 and D <= 128)
+    for backend in ("triton", "fa4", "gluon")
+    if backend == "triton" or (block_size == 128 and (D <= 128 if backend == "fa4" else D in (64, 128)))
 ]
 
 
@@ -139,6 +144,10 @@ if DEVICE == "cuda":  # elsewhere there is nothing to collect
     def test_compiled_kernels(D: int, block_size: int, backend: str) -> None:
         if backend == "fa4":
             pytest.importorskip("flash_attn.cute")
+        if backend == "gluon" and (
+            reason := _why_not_gluon(torch.empty(0, 0, 0, D, device=DEVICE).bfloat16(), 128)
+        ):
+            pytest.skip(reason)
         for dtype in (torch.bfloat16, torch.float16):
             for n_queries, n_keys in ((1000, 1000), (300, 1111)):
                 case = Case(2, 4, 2, n_queries, n_keys, D, block_size, 0.4, dtype=dtype)
