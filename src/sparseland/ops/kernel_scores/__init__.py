@@ -19,12 +19,13 @@ from torch import Tensor
 from sparseland.errors import SparselandError
 from sparseland.ops._dispatch import Backend, choose, interpreting, on_cpu, why_no_triton
 from sparseland.ops.kernel_scores import fast
-from sparseland.ops.kernel_scores.fast import coarsen, compress_keys, visible_kernels
+from sparseland.ops.kernel_scores.fast import block_scores, coarsen, compress_keys, visible_kernels
+from sparseland.ops.kernel_scores.fast import top as top_blocks
 from sparseland.patterns import cdiv
 
 __all__ = [
-    "check_sizes", "coarsen", "compress_keys", "kernel_scores", "longest_list", "select_blocks",
-    "visible_kernels",
+    "block_scores", "check_sizes", "coarsen", "compress_keys", "kernel_scores", "longest_list",
+    "select_blocks", "top_blocks", "visible_kernels",
 ]  # fmt: skip
 
 _HERE = "sparseland.ops.kernel_scores"
@@ -208,7 +209,7 @@ def _(
     return q.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("sparseland::select_blocks", mutates_args=())
+@torch.library.custom_op("sparseland::kernel_select_blocks", mutates_args=())
 def _select_blocks(
     q: Tensor,
     compressed: Tensor,
