@@ -140,6 +140,7 @@ class AttentionInputs:
     n_layers: int | None = None
     learner: torch.nn.Module | None = None
     rope: Rope | None = None  # undoes the rotation; None here: q and k are taken as they are
+    marks: Float[torch.Tensor, "B Hkv n"] | None = None  # KVStore.marks() of the n tokens before this call
 
     @property
     def offset(self) -> int:
@@ -407,6 +408,14 @@ class KVStore:
 
         Stores that drop tokens by what the prompt looked at do it here.
         """
+
+    def marks(self) -> Float[torch.Tensor, "B Hkv n"] | None:
+        """A number per token and key head of all tokens before the newest prompt (None: nothing).
+
+        For stores that drop tokens and whose own prompts must know what they were: it comes back as
+        ``AttentionInputs.marks``.
+        """
+        return None
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values as the method gives them back, ``[B, Hkv, N, D]`` each.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,7 +111,8 @@ class AttentionRuntime:
         local = mask.window is not None and mask.window < n
         if q.shape[2] == 1:
             return self._decode(q, k, v, mask, scale, tracked, local)
-        out = self._prompts(q, k, v, mask, scale, mask.window if local else None)
+        marks = None if tracked is None or tracked.store is None or local else tracked.store.marks()
+        out = self._prompts(q, k, v, mask, scale, mask.window if local else None, marks)
         if tracked is not None and not local:
             self._observe(tracked, q, k, v, mask, scale)
         return out
@@ -131,12 +132,19 @@ class AttentionRuntime:
         return AttentionInputs(q, k, v, scale, self.layer, self.n_layers, learner, self.rope)
 
     def _prompts(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: MaskSpec, scale: float, window: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: MaskSpec,
+        scale: float,
+        window: int | None,
+        marks: Tensor | None = None,
     ) -> Tensor:
         """A prompt's attention; padded rows one by one."""
         n = k.shape[2]
         if mask.valid is None:
-            return self._prompt(q, k, v, scale, window)
+            return self._prompt(q, k, v, scale, window, marks)
         # Padding is cut off row by row, so that a padded row computes exactly what it would alone.
         out = torch.zeros_like(q)
         for row in range(q.shape[0]):
@@ -148,11 +156,24 @@ class AttentionRuntime:
             if isinstance(queries, Tensor) and not queries.numel():
                 continue
             at = slice(row, row + 1)
-            part = self._prompt(q[at][:, :, queries], k[at][:, :, keys], v[at][:, :, keys], scale, window)
+            own = marks
+            if marks is not None:
+                before = keys if isinstance(keys, slice) else keys[keys < marks.shape[2]]
+                own = marks[at][:, :, before]
+            x = (q[at][:, :, queries], k[at][:, :, keys], v[at][:, :, keys])
+            part = self._prompt(*x, scale, window, own)
             out[at, :, queries] = part
         return out
 
-    def _prompt(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def _prompt(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        marks: Tensor | None = None,
+    ) -> Tensor:
         n_queries, n_keys = q.shape[2], k.shape[2]
         start = self._clock(q)
         if window is not None:
@@ -161,7 +182,7 @@ class AttentionRuntime:
         elif self.prefill is None:
             pattern = WindowPattern.dense(n_queries, n_keys)
         else:
-            x = self._inputs(self.prefill, q, k, v, scale)
+            x = replace(self._inputs(self.prefill, q, k, v, scale), marks=marks)
             pattern = self.prefill.pattern(x, self._calibration(self.prefill.card.slug))
         selected = self._clock(q)
         if self.keep_pattern:
