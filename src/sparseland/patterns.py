@@ -382,7 +382,7 @@ class IntervalPattern(Pattern):
 
 @dataclass(frozen=True)
 class BlockLocalPattern(Pattern):
-    """Keys of the query's own block of positions, of ``look_back`` blocks before it, and the first ``sinks``."""
+    """The keys of a query's own block, of ``look_back`` blocks before it, and the first ``sinks``."""
 
     block: int
     look_back: int = 0
