@@ -27,6 +27,7 @@ from sparseland.ops._dispatch import (
     check_attention_shapes,
     choose,
     interpreting,
+    loaded,
     on_cpu,
     why_no_triton,
 )
@@ -173,11 +174,9 @@ def _interval_attention_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if backend == "triton":
-        from sparseland.ops.interval_attention.triton_backward import backward
-    else:
-        from sparseland.ops.interval_attention.backward import backward
-    return backward(d_out, d_lse, q, k, v, ends, bias, out, lse, most, scale)
+    module = loaded(f"{_HERE}.{'triton_backward' if backend == 'triton' else 'backward'}")
+    d_q, d_k, d_v, d_bias = module.backward(d_out, d_lse, q, k, v, ends, bias, out, lse, most, scale)
+    return d_q, d_k, d_v, d_bias
 
 
 @_interval_attention_backward.register_fake
