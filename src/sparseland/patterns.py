@@ -431,6 +431,128 @@ class PiecedPattern(Pattern):
         return torch.cat([torch.nn.functional.pad(m, (0, self.n_keys - m.shape[-1])) for m in masks], -2)
 
 
+@dataclass(frozen=True)
+class PermutedPattern(Pattern):
+    """Blocks over gathered tokens, causal by the tokens' own positions: permuted or partitioned attention.
+
+    Query slot i of this pattern holds the query at position ``q_index[..., i]`` (counted like keys: the
+    first query is at ``offset``), key slot j the key ``k_index[..., j]``; -1 is an empty slot. A pair is
+    computed if its key block is listed for its query block and ``first_key <= key <= query - gap``: pairs
+    nearer than ``gap``, and the keys before ``first_key``, are another pattern's.
+
+    Args:
+        q_index: ``[b, h, Sq]`` int32, b and h of all tensors 1 or the full size; no query stands twice.
+        k_index: ``[b, h, Sk]`` int32; no key stands twice.
+        counts: ``[b, h, Mq]`` int32, ``Mq = ceil(Sq / block_size)``.
+        indices: ``[b, h, Mq, L]`` int32, distinct key blocks up to the count.
+    """
+
+    block_size: int
+    q_index: Int[Tensor, "b h Sq"]
+    k_index: Int[Tensor, "b h Sk"]
+    counts: Int[Tensor, "b h Mq"]
+    indices: Int[Tensor, "b h Mq L"]
+    gap: int = 0
+    first_key: int = 0
+
+    def shape(self) -> tuple[int, int]:
+        """Batch and heads that the tensors speak of (1 where all are the same)."""
+        tensors = (self.q_index, self.k_index, self.counts, self.indices)
+        return max(t.shape[0] for t in tensors), max(t.shape[1] for t in tensors)
+
+    def pairs(self) -> Int[Tensor, "b h"]:
+        size, shape = self.block_size, self.shape()
+        far = torch.iinfo(torch.int32).max
+        limit = torch.where(self.q_index >= 0, self.q_index - self.gap, -1)
+        limit = torch.nn.functional.pad(limit, (0, -limit.shape[-1] % size), value=-1)
+        keys = torch.where(self.k_index >= self.first_key, self.k_index.clamp(min=-1), far)
+        keys = torch.where(keys >= 0, keys, far)
+        keys = torch.nn.functional.pad(keys, (0, -keys.shape[-1] % size), value=far)
+        limit = limit.unflatten(-1, (-1, size)).expand(*shape, -1, -1).contiguous()
+        keys = keys.unflatten(-1, (-1, size)).sort(dim=-1).values.expand(*shape, -1, -1)
+        total = torch.zeros(shape, dtype=torch.int64, device=limit.device)
+        for place in range(self.indices.shape[-1]):
+            listed = self.counts > place
+            block = torch.where(listed, self.indices[..., place].long(), 0).expand(*shape, -1)
+            sought = keys.gather(2, block[..., None].expand(-1, -1, -1, size))
+            seen = torch.searchsorted(sought, limit, right=True).sum(-1)
+            total += torch.where(listed, seen, 0).sum(-1)
+        return total
+
+    def mask(self) -> Bool[Tensor, "b h Nq Nk"]:
+        size, (batch, heads) = self.block_size, self.shape()
+        device, columns = self.counts.device, cdiv(self.k_index.shape[-1], self.block_size)
+        listed = torch.arange(self.indices.shape[-1], device=device) < self.counts[..., None]
+        target = torch.where(listed, self.indices.long(), columns)
+        blocks = torch.zeros(*target.shape[:3], columns + 1, dtype=torch.bool, device=device)
+        blocks = blocks.scatter_(-1, target, True)[..., :columns]
+        rows, keys = self.q_index.long()[..., :, None], self.k_index.long()[..., None, :]
+        wide = blocks.repeat_interleave(size, -1)[..., : self.k_index.shape[-1]]
+        slots = wide.repeat_interleave(size, -2)[..., : self.q_index.shape[-1], :]
+        slots = slots & (rows >= 0) & (keys >= self.first_key) & (keys >= 0) & (keys <= rows - self.gap)
+        # From slots to positions: keys first, then queries; empty slots go to a place that is cut off.
+        shape = (batch, heads, self.q_index.shape[-1], self.n_keys + 1)
+        at = torch.where(keys >= 0, keys, self.n_keys).expand(*shape[:3], -1)
+        by_key = torch.zeros(shape, dtype=torch.bool, device=device).scatter_(-1, at, slots.expand(at.shape))
+        out = torch.zeros(batch, heads, self.n_queries + 1, self.n_keys, dtype=torch.bool, device=device)
+        at = torch.where(rows >= 0, rows - self.offset, self.n_queries).expand(batch, heads, -1, self.n_keys)
+        return out.scatter_(2, at, by_key[..., : self.n_keys])[:, :, : self.n_queries]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some heads' pairs: a pattern, or a function that makes it when it is needed.
+
+    Args:
+        heads: the query heads that the pattern's head dimension stands for; None: all.
+    """
+
+    heads: tuple[int, ...] | None
+    source: Pattern | Callable[[], Pattern]
+
+    def pattern(self) -> Pattern:
+        """The pattern, made now if it has to be."""
+        return self.source if isinstance(self.source, Pattern) else self.source()
+
+
+@dataclass(frozen=True)
+class PartsPattern(Pattern):
+    """The union of parts that have no pair in common, each for some of the heads.
+
+    Args:
+        batch: rows.
+        heads: query heads of the whole.
+        parts: their attention is merged per query by its log-sum-exp.
+    """
+
+    batch: int
+    heads: int
+    parts: tuple[Part, ...]
+
+    def pairs(self) -> Int[Tensor, "B H"]:
+        total: Tensor | None = None
+        for part in self.parts:
+            pairs = part.pattern().pairs()
+            if total is None:
+                total = torch.zeros(self.batch, self.heads, dtype=torch.int64, device=pairs.device)
+            at = list(range(self.heads)) if part.heads is None else list(part.heads)
+            total[:, at] += pairs.to(total.device).expand(self.batch, len(at))
+        assert total is not None
+        return total
+
+    def mask(self) -> Bool[Tensor, "B H Nq Nk"]:
+        shape = (self.batch, self.heads, self.n_queries, self.n_keys)
+        total: Tensor | None = None
+        for part in self.parts:
+            mask = part.pattern().mask()
+            if total is None:
+                total = torch.zeros(shape, dtype=torch.bool, device=mask.device)
+            at = list(range(self.heads)) if part.heads is None else list(part.heads)
+            total[:, at] |= mask.to(total.device)
+        assert total is not None
+        return total
+
+
 # Lists of one call that may exist at once.
 _LIST_BYTES = 1 << 30
 
