@@ -468,8 +468,8 @@ class PermutedPattern(Pattern):
         keys = torch.where(self.k_index >= self.first_key, self.k_index.clamp(min=-1), far)
         keys = torch.where(keys >= 0, keys, far)
         keys = torch.nn.functional.pad(keys, (0, -keys.shape[-1] % size), value=far)
-        limit = limit.unflatten(-1, (-1, size)).expand(*shape, -1, -1).contiguous()
-        keys = keys.unflatten(-1, (-1, size)).sort(dim=-1).values.expand(*shape, -1, -1)
+        limit = torch.unflatten(limit, -1, (-1, size)).expand(*shape, -1, -1).contiguous()
+        keys = torch.unflatten(keys, -1, (-1, size)).sort(dim=-1).values.expand(*shape, -1, -1)
         total = torch.zeros(shape, dtype=torch.int64, device=limit.device)
         for place in range(self.indices.shape[-1]):
             listed = self.counts > place

@@ -105,4 +105,5 @@ def forward(
 
 
 def _blocked(index: Int[Tensor, "b h S"], size: int, empty: int) -> Int[Tensor, "b h M R"]:
-    return F.pad(index, (0, -index.shape[-1] % size), value=empty).unflatten(-1, (-1, size))
+    padded = F.pad(index, (0, -index.shape[-1] % size), value=empty)
+    return torch.unflatten(padded, -1, (-1, size))
