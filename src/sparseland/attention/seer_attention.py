@@ -1,7 +1,7 @@
 """SeerAttention: small learned gates say which key blocks matter, taught by the model's own attention.
 
-Gao, Zeng, Du, Cao, So, Cao, Yang, Yang: *SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs*
-(2024), section 3; decoding: Gao et al., *SeerAttention-R: Sparse Attention Adaptation for Long Reasoning* (2025).
+Gao et al.: *SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs* (2024), section 3; decoding:
+Gao et al.: *SeerAttention-R: Sparse Attention Adaptation for Long Reasoning* (2025), section 3.
 
 With blocks of b tokens and q, k as they are *before* RoPE, per query head::
 
@@ -64,7 +64,6 @@ class SeerAttention(PrefillMethod, SelectMethod):
         claims=(
             "90 % sparsity at 32K tokens with little loss in perplexity after fine-tuning with YaRN, 5.67x "
             "over FlashAttention-2",
-            "better perplexity than MInference and MoA at equal sparsity (Llama-3.1-8B)",
             "SeerAttention-R: AIME24 with 4K of tokens read, Qwen3-14B 75.73 against 78.91 dense",
         ),
         deviations=(
