@@ -35,7 +35,12 @@ def inputs(case: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[T
     g = torch.Generator().manual_seed(sum(case))
     # Blocks of queries with a common part, else their means are near 0.
     q = torch.randn(batch, n_queries, heads, size, generator=g)
-    q += 2 * torch.randn(batch, n_queries // 16 + 1, heads, size, generator=g).repeat_interleave(16, 1)[:, :n_queries]
+    q += (
+        2
+        * torch.randn(batch, n_queries // 16 + 1, heads, size, generator=g).repeat_interleave(16, 1)[
+            :, :n_queries
+        ]
+    )
     k = torch.randn(batch, n_keys, kv_heads, size, generator=g)
     return q.to(DEVICE, dtype).transpose(1, 2), k.to(DEVICE, dtype).transpose(1, 2)
 
@@ -76,7 +81,8 @@ def test_the_cases_choose_some_and_leave_some() -> None:
     for case in CASES[:5]:
         columns = stripe_columns(*inputs(case), **options(case), theta=3.0, backend="reference")
         starts = local_starts(case[3], case[4], case[6], case[7], DEVICE)
-        shares.append(float(columns.counts.sum() / ((starts - case[6]).clamp(min=0).sum() * case[0] * case[1])))
+        possible = (starts - case[6]).clamp(min=0).sum() * case[0] * case[1]
+        shares.append(float(columns.counts.sum() / possible))
     assert all(0.02 < share < 0.98 for share in shares), shares
 
 

@@ -14,12 +14,10 @@ group. Nothing is sorted, and there is no budget: how much is computed follows f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs, Calibration, Card, PrefillMethod, param
@@ -87,10 +85,12 @@ class AnchorAttention(PrefillMethod):
 
     @classmethod
     def grid(cls, length: int) -> list[Self]:
-        """Smaller thresholds than the paper's and, at short lengths, smaller groups of smaller blocks."""
-        if length <= 16_384:
-            return [cls(theta=theta, step=4, block_size=64) for theta in (2.0, 4.0, 6.0)]
-        return [cls(theta=theta) for theta in (6.0, 9.0, 12.0)]
+        """Thresholds up to the paper's; at short lengths groups of an eighth of the prompt, blocks of 64."""
+        thetas = (6.0, 9.0, 12.0)
+        if length > 16_384:
+            return [cls(theta=theta) for theta in thetas]
+        step = 16 if length > 4096 else 8 if length > 2048 else 4
+        return [cls(theta=theta, step=step, block_size=64) for theta in thetas]
 
     @classmethod
     def full_budget(cls, length: int) -> Self:
@@ -107,7 +107,7 @@ class AnchorAttention(PrefillMethod):
             x.q, x.k, block_size=size, step=self.step, theta=self.theta, limit=self.max_stripes, scale=x.scale
         )
         blocks = areas(n_queries, n_keys, size, self.step, x.q.device)
-        return BlockColumnPattern(n_queries, n_keys, blocks, per_block(stripes, size))
+        return BlockColumnPattern(n_queries, n_keys, blocks, trimmed(stripes))
 
 
 def areas(
@@ -116,7 +116,8 @@ def areas(
     """Key block 0 and the local blocks of each query block, the same for all heads."""
     m = cdiv(n_queries, block_size)
     block = torch.arange(m, device=device)
-    start = local_starts(n_queries, n_keys, block_size, step, device).repeat_interleave(step)[:m] // block_size
+    start = local_starts(n_queries, n_keys, block_size, step, device) // block_size
+    start = start.repeat_interleave(step)[:m]
     last = ((block + 1) * block_size).clamp(max=n_queries) - 1 + (n_keys - n_queries)
     end = last // block_size + 1
     # Block 0, then [start, end); where the local blocks begin with block 0 it is not listed twice.
@@ -128,13 +129,8 @@ def areas(
     return BlockPattern(n_queries, n_keys, block_size, counts[None, None], indices.int()[None, None])
 
 
-def per_block(stripes: ColumnPattern, block_size: int) -> ColumnPattern:
-    """The lists of groups as lists of query blocks."""
-    counts, indices = stripes.counts, stripes.indices
-    if indices.device.type == "cpu":
-        indices = indices[..., : int(counts.max())]  # no one waits on a CPU, and short lists are cheap
-    m = cdiv(stripes.n_queries, block_size)
-    step = stripes.block_size // block_size
-    counts: Int[Tensor, "B H M"] = counts.repeat_interleave(step, 2)[:, :, :m].contiguous()
-    indices = indices.repeat_interleave(step, 2)[:, :, :m].contiguous()
-    return ColumnPattern(stripes.n_queries, stripes.n_keys, block_size, counts, indices)
+def trimmed(lists: ColumnPattern) -> ColumnPattern:
+    """On a CPU, lists as long as the longest of them: short ones are cheap there, and no one has to wait."""
+    if lists.indices.device.type != "cpu":
+        return lists
+    return replace(lists, indices=lists.indices[..., : int(lists.counts.max())].contiguous())

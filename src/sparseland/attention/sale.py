@@ -80,13 +80,12 @@ class Sale(PrefillMethod):
         0.4, "largest mean absolute error of a head's output per token, summed over 128 dimensions", gt=0
     )
     dense_up_to: int = param(1024, "prompts of up to this many tokens are dense", ge=0)
-    max_blocks: int | None = param(None, "most key blocks of 64 per row of blocks (the nearest stay)", ge=2)
 
     @classmethod
     def grid(cls, length: int) -> list[Self]:
         """Larger thresholds and bounds than the paper's at short lengths."""
         if length <= 1024:
-            return [cls(tau=tau, error_bound=bound, dense_up_to=192) for tau, bound in ((32.0, 8.0), (8.0, 4.0))]
+            return [cls(tau=tau, error_bound=b, dense_up_to=192) for tau, b in ((32.0, 8.0), (8.0, 4.0))]
         if length <= 16_384:
             return [cls(tau=tau, error_bound=b) for tau, b in ((0.5, 1.6), (0.128, 0.8), (0.032, 0.4))]
         return [cls(tau=0.032, error_bound=0.8), cls()]
@@ -100,7 +99,7 @@ class Sale(PrefillMethod):
         if self.tau < 1e-5 or x.k.shape[2] <= self.dense_up_to:
             return WindowPattern.dense(x.q.shape[2], x.k.shape[2])
         words = lowbit_tiles(x.q, x.k, self._thresholds(x, calibration), scale=x.scale)
-        return tile_blocks(words, x.q.shape[2], x.k.shape[2], limit=self.max_blocks)
+        return tile_blocks(words, x.q.shape[2], x.k.shape[2])
 
     def _thresholds(self, x: AttentionInputs, calibration: Calibration | None) -> Float[Tensor, " H"]:
         """This layer's tau per head; without calibration the same for all."""
@@ -114,11 +113,6 @@ class Sale(PrefillMethod):
                 f"layer {x.layer} has {heads}"
             )
         return known[x.layer].to(x.q.device, torch.float32, non_blocking=True)
-
-    @property
-    def calibration_key(self) -> str:
-        """The cap on blocks plays no part in calibration."""
-        return f"sale:tau={self.tau},error_bound={self.error_bound},dense_up_to={self.dense_up_to}"
 
     def calibrate(self, model: nn.Module, ids: Int[Tensor, "B N"]) -> Calibration:
         """The largest tau per layer and head that keeps each row of ``ids`` within the error bound.
@@ -158,11 +152,15 @@ class Sale(PrefillMethod):
         dense = attend(x.q, x.k, x.v, full, scale=x.scale).float()
         bound = self.error_bound * x.q.shape[3] / _BOUND_DIM * x.q.shape[2]
         tau = tau.clone()
-        while True:
-            tiles = tile_blocks(lowbit_tiles(x.q, x.k, tau, scale=x.scale), x.q.shape[2], x.k.shape[2])
-            out = attend(x.q, x.k, x.v, tiles, scale=x.scale).float()
-            far = ((out - dense).abs().sum((0, 2, 3)) >= bound) & (tau > 0)
-            if not bool(far.any()):
-                return tau
-            lower = torch.where(tau / 2 > _SMALLEST, tau / 2, 0)
-            tau = torch.where(far, lower, tau)
+        groups = torch.arange(x.k.shape[1], device=x.q.device)
+        while groups.numel():
+            # Heads are independent: only key heads with a query head that is still too far go on.
+            heads = (groups[:, None] * x.group + torch.arange(x.group, device=groups.device)).flatten()
+            q, k, v = x.q[:, heads], x.k[:, groups], x.v[:, groups]
+            bits = lowbit_tiles(q, k, tau[heads], scale=x.scale)
+            out = attend(q, k, v, tile_blocks(bits, q.shape[2], k.shape[2]), scale=x.scale).float()
+            far = ((out - dense[:, heads]).abs().sum((0, 2, 3)) >= bound) & (tau[heads] > 0)
+            lower = torch.where(tau[heads] / 2 > _SMALLEST, tau[heads] / 2, 0)
+            tau[heads] = torch.where(far, lower, tau[heads])
+            groups = groups[far.view(-1, x.group).any(-1)]
+        return tau

@@ -31,9 +31,8 @@ from sparseland.ops._dispatch import (
     on_cpu,
     why_no_triton,
 )
-from sparseland.ops.compact import compact
-from sparseland.ops.lowbit_scores.tiles import KEYS, ROWS, kept_tiles, n_words
-from sparseland.patterns import BlockPattern, cdiv
+from sparseland.ops.lowbit_scores.tiles import ROWS, kept_tiles, n_words
+from sparseland.patterns import BlockPattern, Pattern, cdiv, in_pieces
 
 __all__ = ["kept_tiles", "lowbit_tiles", "tile_blocks"]
 
@@ -76,8 +75,8 @@ def lowbit_tiles(
         backend: ``cpu``, ``triton``, ``torch`` or ``reference``; by default the fastest that can.
 
     Returns:
-        ``[B, Hq, Mq, W]`` int32, ``Mq = ceil(Nq / 64)``: tile ``t`` of 32 keys is bit ``(t - 1) % 32`` of word
-        ``(t - 1) // 32``. Bits of tiles that are not tested are 0; :func:`kept_tiles` and
+        ``[B, Hq, Mq, W]`` int32, ``Mq = ceil(Nq / 64)``: tile ``t`` of 32 keys is bit ``(t - 1) % 32`` of
+        word ``(t - 1) // 32``. Bits of tiles that are not judged are 0; :func:`kept_tiles` and
         :func:`tile_blocks` know that sink and local tiles are computed whatever the bits say.
 
     Raises:
@@ -98,33 +97,29 @@ def lowbit_tiles(
     return words
 
 
-def tile_blocks(
-    words: Int[Tensor, "B Hq Mq W"], n_queries: int, n_keys: int, *, limit: int | None = None
-) -> BlockPattern:
-    """The computed tiles as lists of 64 x 64 blocks: sink, kept, local.
+def tile_blocks(words: Int[Tensor, "B H Mq W"], n_queries: int, n_keys: int) -> Pattern:
+    """The computed tiles as lists of 64 x 64 blocks: those that hold the sink, a kept or a local tile.
+
+    On a GPU the lists' length is the number of key blocks, since nobody asks the device for the longest;
+    where lists of all queries would fill the memory they are made from the bits a stretch at a time.
 
     Args:
         words: what :func:`lowbit_tiles` gave.
         n_queries: queries of the call.
         n_keys: keys of the call.
-        limit: most blocks of a row of queries, which is also the lists' length; of more, block 0 and the
-            nearest stay. No limit by default.
-
-    Raises:
-        SparselandError: the limit is below 1.
     """
     blocks = cdiv(n_keys, ROWS)
-    limit = blocks if limit is None else min(limit, blocks)
-    if limit < 1:
-        raise SparselandError(f"tile_blocks: limit={limit}; it must be 1 or more")
-    if words.is_cuda:
-        counts, indices = _tile_lists(words, n_queries, n_keys, limit)
-    else:
-        tiles = kept_tiles(words, n_queries, n_keys)
-        tiles = torch.nn.functional.pad(tiles, (0, blocks * ROWS // KEYS - tiles.shape[-1]))
-        marked = tiles.unflatten(-1, (blocks, ROWS // KEYS)).any(-1)
-        counts, indices = compact(marked, limit, keep_first=True)
-    return BlockPattern(n_queries, n_keys, ROWS, counts, indices)
+
+    def lists(start: int, stop: int) -> BlockPattern:
+        queries, keys = stop - start, n_keys - n_queries + stop
+        part = words[:, :, start // ROWS : cdiv(stop, ROWS)]
+        if words.is_cuda:
+            return BlockPattern(queries, keys, ROWS, *_tile_lists(part, queries, keys))
+        tiles = kept_tiles(part, queries, keys)
+        tiles = torch.nn.functional.pad(tiles, (0, tiles.shape[-1] % 2))
+        return BlockPattern.from_block_mask(torch.unflatten(tiles, -1, (-1, 2)).any(-1), ROWS, queries, keys)
+
+    return in_pieces(lists, n_queries, n_keys, ROWS, 4 * blocks * words.shape[0] * words.shape[1])
 
 
 @torch.library.custom_op("sparseland::lowbit_tiles", mutates_args=())
@@ -141,14 +136,14 @@ def _(q: Tensor, k: Tensor, tau: Tensor, scale: float, backend: str) -> Tensor:
 
 
 @torch.library.custom_op("sparseland::lowbit_tile_lists", mutates_args=())
-def _tile_lists(words: Tensor, n_queries: int, n_keys: int, limit: int) -> tuple[Tensor, Tensor]:
+def _tile_lists(words: Tensor, n_queries: int, n_keys: int) -> tuple[Tensor, Tensor]:
     from sparseland.ops.lowbit_scores.triton import tile_lists
 
-    counts, indices = tile_lists(words, n_queries, n_keys, limit)
+    counts, indices = tile_lists(words, n_queries, n_keys)
     return counts, indices
 
 
 @_tile_lists.register_fake
-def _(words: Tensor, n_queries: int, n_keys: int, limit: int) -> tuple[Tensor, Tensor]:
-    indices = words.new_empty((*words.shape[:3], limit))
+def _(words: Tensor, n_queries: int, n_keys: int) -> tuple[Tensor, Tensor]:
+    indices = words.new_empty((*words.shape[:3], cdiv(n_keys, ROWS)))
     return words.new_empty(words.shape[:3]), indices

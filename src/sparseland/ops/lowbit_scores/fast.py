@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparseland.ops.lowbit_scores.tiles import KEYS, ROWS, n_tested, n_words, pack, tested
+from sparseland.ops.lowbit_scores.tiles import KEYS, ROWS, judged, n_judged, n_words, pack
 from sparseland.patterns import cdiv
 
 # Bytes of scores held at once on a CPU (about what two cores' caches hold), and on a GPU.
@@ -30,13 +30,13 @@ _BLOCKS = 4
 def _half_products() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32."""
     probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return torch.backends.mkldnn.is_available() and probe is not None and bool(probe())
+    return probe is not None and bool(probe())
 
 
 def tile_bits(
     q: Float[Tensor, "B Hq Nq D"], k: Float[Tensor, "B Hkv Nk D"], tau: Float[Tensor, " Hq"], scale: float
 ) -> Int[Tensor, "B Hq Mq W"]:
-    """Bits of the tested tiles; see the package."""
+    """Bits of the judged tiles; see the package."""
     B, Hq, n_queries, D = q.shape
     Hkv, n_keys = k.shape[1], k.shape[2]
     groups = Hq // Hkv
@@ -47,9 +47,9 @@ def tile_bits(
     q4, q_scale = quantize(q - q_mean)
     k4, k_scale = quantize(smooth)
     shift = (q_mean.reshape(B, Hkv, groups, D) @ smooth.mT).reshape(B, Hq, n_keys)  # c_j
-    # What can't be judged is kept: an infinite excess stands for it.
+    # What can't be compared is kept: an infinite excess stands for it.
     threshold = torch.where(q_scale.isfinite(), threshold, -torch.inf)
-    shift = shift.unflatten(1, (Hkv, groups))
+    shift = torch.unflatten(shift, 1, (Hkv, groups))
     shift = torch.where(k_scale.isfinite()[:, :, None] & shift.isfinite(), scale * shift, torch.inf)
     rows = scale * q_scale.nan_to_num(0, 0, 0)[..., None] * q4
     columns = (k_scale.nan_to_num(0, 0, 0)[..., None] * k4)[:, :, None].expand(B, Hkv, groups, n_keys, D)
@@ -62,10 +62,10 @@ def tile_bits(
     budget = (_CPU_BYTES if device.type == "cpu" else _GPU_BYTES) // left.element_size()
     piece = max(KEYS, budget // (B * Hq * _BLOCKS * ROWS) // KEYS * KEYS)
     scores = left.new_empty(B * Hq * _BLOCKS * ROWS * piece)
-    last = tested(n_queries, n_keys, device)
+    last = judged(n_queries, n_keys, device)
     for u in range(0, blocks, _BLOCKS):
         end = min(u + _BLOCKS, blocks)
-        count = n_tested(end - 1, n_queries, n_keys)
+        count = n_judged(end - 1, n_queries, n_keys)
         if count == 0:
             continue
         part = left[:, u * ROWS : end * ROWS]
@@ -75,8 +75,8 @@ def tile_bits(
             shape = (B * Hq, part.shape[1], width)
             out = scores[: part.shape[1] * width * B * Hq].view(shape)
             torch.bmm(part, right[:, :, KEYS + j : KEYS + j + width], out=out)
-            torch.amax(out.unflatten(1, (-1, ROWS)), 2, out=best[:, :, j : j + width])
-        kept = best.unflatten(-1, (count, KEYS)).amax(-1) > 0
+            torch.amax(torch.unflatten(out, 1, (-1, ROWS)), 2, out=best[:, :, j : j + width])
+        kept = torch.unflatten(best, -1, (count, KEYS)).amax(-1) > 0
         kept &= torch.arange(count, device=device) < last[u:end, None]
         packed = pack(kept)
         words[:, u:end, : packed.shape[-1]] = packed
@@ -102,12 +102,12 @@ def _thresholds(
         rows = q[:, :, block * ROWS : (block + 1) * ROWS].float() * scale
         n = rows.shape[2]
         end = n_keys - n_queries + block * ROWS + n
-        start = (1 + n_tested(block, n_queries, n_keys)) * KEYS
+        start = (1 + n_judged(block, n_queries, n_keys)) * KEYS
         area = keys[:, :end] if start <= KEYS else torch.cat((keys[:, :KEYS], keys[:, start:end]), 1)
         logits = torch.bmm(rows.reshape(B * Hkv, -1, D), area.mT)
         # Only the last n keys can lie after a row.
         future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-        logits.unflatten(1, (-1, n))[..., -n:].masked_fill_(future, -torch.inf)
+        torch.unflatten(logits, 1, (-1, n))[..., -n:].masked_fill_(future, -torch.inf)
         result[:, :, block * ROWS : block * ROWS + n] = logits.logsumexp(-1).view(B, Hq, n)
     return torch.where(result.isfinite(), result, -torch.inf)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparseland.ops.lowbit_scores.tiles import KEYS, ROWS, n_tested, n_words, pack
+from sparseland.ops.lowbit_scores.tiles import KEYS, ROWS, n_judged, n_words, pack
 from sparseland.patterns import cdiv
 
 
@@ -34,7 +32,7 @@ def tile_bits(
     for block in range(blocks):
         at = slice(block * ROWS, min((block + 1) * ROWS, n_queries))
         position = torch.arange(at.start, at.stop, device=q.device) + n_keys - n_queries
-        count = n_tested(block, n_queries, n_keys)
+        count = n_judged(block, n_queries, n_keys)
         exact = scale * q[:, :, at] @ (k - k_mean).mT
         key = torch.arange(n_keys, device=q.device)
         area = ((key < KEYS) | (key >= (1 + count) * KEYS)) & (key <= position[:, None])
@@ -42,14 +40,9 @@ def tile_bits(
         threshold = normaliser + tau.log()[:, None]
         product = q4[:, :, at].float() @ k4.float().mT  # small whole numbers: exact
         estimate = scale * (q_scale[:, :, at, None] * k_scale[:, :, None] * product + shift[:, :, None])
-        tested = estimate[..., KEYS : KEYS * (1 + count)]
-        # What can't be judged is kept: a comparison with NaN is False.
-        kept = ~(tested <= threshold[..., None]) | ~tested.isfinite() | (~normaliser.isfinite())[..., None]
-        kept = kept.unflatten(-1, (count, KEYS)).any(-1).any(2)
+        judged = estimate[..., KEYS : KEYS * (1 + count)]
+        # What can't be compared is kept: a comparison with NaN is False.
+        kept = ~(judged <= threshold[..., None]) | ~judged.isfinite() | (~normaliser.isfinite())[..., None]
+        kept = torch.unflatten(kept, -1, (count, KEYS)).any(-1).any(2)
         rows.append(pack(torch.nn.functional.pad(kept, (0, width * 32 - count))))
     return torch.stack(rows, 2) if rows else q.new_zeros(B, Hq, 0, width, dtype=torch.int32)
-
-
-def log_tau(tau: float) -> float:
-    """ln tau, -inf at 0."""
-    return math.log(tau) if tau > 0 else -math.inf

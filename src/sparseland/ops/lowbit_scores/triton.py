@@ -30,8 +30,8 @@ _SEGMENT, _WORD = tl.constexpr(SEGMENT), tl.constexpr(WORD)
 
 
 @triton.jit
-def _n_tested(block, n_queries, n_keys):
-    """See ``tiles.n_tested``."""
+def _n_judged(block, n_queries, n_keys):
+    """See ``tiles.n_judged``."""
     to_diagonal = (n_keys - n_queries + (block + 1) * _ROWS + _KEYS - 1) // _KEYS
     return tl.maximum(to_diagonal - 1 - _LOCAL, 0) // _SEGMENT * _SEGMENT
 
@@ -71,7 +71,7 @@ def _keys(
         i_q = i_bh * G + i_g
         b_mean = tl.load(q_mean + i_q * D + i_d, mask=b_dim, other=0.0)
         b_shift = tl.sum(b_k * b_mean[None, :], 1) * scale
-        # What can't be judged is kept: an infinite estimate stands for it.
+        # What can't be compared is kept: an infinite estimate stands for it.
         b_shift = tl.where(b_finite & (tl.abs(b_shift) < float("inf")), b_shift, float("inf"))
         tl.store(shift + i_q * n_keys + i_n, b_shift, mask=b_here)
 
@@ -116,7 +116,7 @@ def _queries(
     # Sum over the sink and the local keys of the unsmoothed logits; the keys' mean is taken off below.
     first = i_m * ROW + n_keys - n_queries
     end = tl.minimum(first + ROW, n_keys)
-    start = (1 + _n_tested(i_m, n_queries, n_keys)) * _KEYS
+    start = (1 + _n_judged(i_m, n_queries, n_keys)) * _KEYS
     b_m = tl.full([ROW], float("-inf"), dtype=tl.float32)
     b_l = tl.zeros([ROW], dtype=tl.float32)
     i_p = first + tl.arange(0, ROW)
@@ -139,17 +139,12 @@ def _queries(
     tl.store(threshold + out, tl.where(b_here, b_t, float("inf")))
 
 
-@triton.jit
-def _or(a, b):
-    return a | b
-
-
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "Mq", "W"])
 def _estimate(
     q4, q_scale, threshold, k4, k_scale, shift, log_tau, words, Hq, G, n_queries, n_keys, Mq, W,
     BM: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Bits of the tested tiles of BM / 64 query blocks."""
+    """Bits of the judged tiles of BM / 64 query blocks."""
     BLOCKS: tl.constexpr = BM // _ROWS
     PARTS: tl.constexpr = BN // _KEYS
     TURNS: tl.constexpr = _WORD // PARTS  # products that fill a word
@@ -161,8 +156,8 @@ def _estimate(
     i_r, i_d, i_n = i_t * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
     i_block = i_t * BLOCKS + tl.arange(0, BLOCKS)
     b_blocks = i_block < Mq
-    b_tested = tl.where(b_blocks, _n_tested(i_block, n_queries, n_keys), 0)
-    most = tl.max(b_tested, 0)
+    b_judged = tl.where(b_blocks, _n_judged(i_block, n_queries, n_keys), 0)
+    most = tl.max(b_judged, 0)
     b_rows = i_r < Mq * _ROWS
     row = i_bh * Mq * _ROWS + i_r
     b_q = tl.load(q4 + row[:, None] * BD + i_d[None, :], mask=b_rows[:, None], other=0)
@@ -188,9 +183,12 @@ def _estimate(
                 b_best = tl.max(tl.reshape(b_e, (BM, PARTS, _KEYS)), 2)
                 i_bit = tl.arange(0, PARTS) + turn * PARTS
                 b_word += tl.sum((b_best > b_t[:, None]).to(tl.int32) << i_bit[None, :], 1)
-        b_bits = tl.reduce(tl.reshape(b_word, (BLOCKS, _ROWS)), 1, _or)
-        # Tiles that are local to the earlier of the blocks are none of its tested ones.
-        left = b_tested - i_w * _WORD
+        # Or over a block's rows, bit by bit.
+        i_bit = tl.arange(0, _WORD)
+        b_bits = (tl.reshape(b_word, (BLOCKS, _ROWS, 1)) >> i_bit[None, None, :]) & 1
+        b_bits = tl.sum(tl.max(b_bits, 1) << i_bit[None, :], 1)
+        # Tiles that are local to the earlier of the blocks are none of its judged ones.
+        left = b_judged - i_w * _WORD
         b_one = tl.full([BLOCKS], 1, dtype=tl.int32)
         b_mine = tl.where(left >= _WORD, -1, (b_one << tl.minimum(tl.maximum(left, 0), _WORD - 1)) - 1)
         tl.store(words + (i_bh * Mq + i_block) * W + i_w, b_bits & b_mine, mask=b_blocks)
@@ -199,7 +197,7 @@ def _estimate(
 def tile_bits(
     q: Float[Tensor, "B Hq Nq D"], k: Float[Tensor, "B Hkv Nk D"], tau: Float[Tensor, " Hq"], scale: float
 ) -> Int[Tensor, "B Hq Mq W"]:
-    """Bits of the tested tiles; see the package. Deterministic: no atomics."""
+    """Bits of the judged tiles; see the package. Deterministic: no atomics."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     B, Hq, n_queries, D = q.shape
     Hkv, n_keys, device = k.shape[1], k.shape[2], q.device
@@ -222,7 +220,7 @@ def tile_bits(
     threshold = torch.empty_like(q_scale)
     _queries[(Mq, B * Hq)](
         q, k, q_mean, k_mean, log_tau, q4, q_scale, threshold, *q.stride()[:3], *k.stride()[:3],
-        Hq, G, n_queries, n_keys, D, scale, ROW=ROWS, BN=KEYS, BD=BD, num_warps=4, num_stages=2,
+        Hq, G, n_queries, n_keys, D, scale, ROW=ROWS, BN=BN, BD=BD, num_warps=4, num_stages=2,
     )  # fmt: skip
 
     words = torch.zeros(B, Hq, Mq, W, dtype=torch.int32, device=device)
@@ -240,53 +238,42 @@ def _tile_sizes(BD: int) -> tuple[int, int, int, int]:
 
 
 @triton.jit
-def _kept(words, i_tile, tested, last):
+def _kept(words, i_tile, judged, last):
     """Whether the tiles are computed: sink, kept or local, and not wholly in the future."""
     i_bit = i_tile - 1
-    b_in = (i_bit >= 0) & (i_bit < tested)
+    b_in = (i_bit >= 0) & (i_bit < judged)
     b_word = tl.load(words + i_bit // _WORD, mask=b_in, other=0)
     return (~b_in | (((b_word >> (i_bit % _WORD)) & 1) == 1)) & (i_tile * _KEYS <= last)
 
 
-@triton.jit(do_not_specialize=["n_queries", "n_keys", "W", "blocks", "limit"])
-def _lists(
-    words, counts, indices, n_queries, n_keys, W, blocks, limit, BJ: tl.constexpr
-):  # fmt: skip
+@triton.jit(do_not_specialize=["n_queries", "n_keys", "W", "blocks"])
+def _lists(words, counts, indices, n_queries, n_keys, W, blocks, BJ: tl.constexpr):
     i_m, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_row = i_bh * tl.num_programs(0) + i_m
     words += i_row * W
-    tested = _n_tested(i_m, n_queries, n_keys)
+    judged = _n_judged(i_m, n_queries, n_keys)
     last = tl.minimum((i_m + 1) * _ROWS, n_queries) - 1 + n_keys - n_queries
-    stop = tl.minimum(last // _ROWS + 1, blocks)
     total = 0
-    for j0 in range(0, stop, BJ):
+    for j0 in range(0, last // _ROWS + 1, BJ):
         i_j = j0 + tl.arange(0, BJ)
-        b_take = (_kept(words, 2 * i_j, tested, last) | _kept(words, 2 * i_j + 1, tested, last)) & (i_j < stop)
-        total += tl.sum(b_take.to(tl.int32), 0)
-    # Of too many the nearest stay, and block 0.
-    dropped = tl.maximum(total - limit, 0)
-    before = 0
-    for j0 in range(0, stop, BJ):
-        i_j = j0 + tl.arange(0, BJ)
-        b_take = (_kept(words, 2 * i_j, tested, last) | _kept(words, 2 * i_j + 1, tested, last)) & (i_j < stop)
+        # A block of 64 keys is two tiles.
+        b_take = _kept(words, 2 * i_j, judged, last) | _kept(words, 2 * i_j + 1, judged, last)
         b_one = b_take.to(tl.int32)
-        b_place = before + tl.cumsum(b_one, 0) - 1 - dropped
-        b_place = tl.where(i_j == 0, 0, b_place)
-        b_take = b_take & ((i_j == 0) | (b_place > 0))
-        tl.store(indices + i_row * limit + b_place, i_j, mask=b_take)
-        before += tl.sum(b_one, 0)
-    tl.store(counts + i_row, total - dropped)
+        b_place = total + tl.cumsum(b_one, 0) - 1
+        tl.store(indices + i_row * blocks + b_place, i_j, mask=b_take)
+        total += tl.sum(b_one, 0)
+    tl.store(counts + i_row, total)
 
 
 def tile_lists(
-    words: Int[Tensor, "B H Mq W"], n_queries: int, n_keys: int, limit: int
+    words: Int[Tensor, "B H Mq W"], n_queries: int, n_keys: int
 ) -> tuple[Int[Tensor, "B H Mq"], Int[Tensor, "B H Mq L"]]:
     """Lists of 64 x 64 blocks, as in :func:`sparseland.ops.lowbit_scores.tile_blocks`."""
     words = words.contiguous()
     B, H, Mq, W = words.shape
-    counts = torch.empty(B, H, Mq, dtype=torch.int32, device=words.device)
-    indices = torch.empty(B, H, Mq, limit, dtype=torch.int32, device=words.device)
     blocks = triton.cdiv(n_keys, ROWS)
+    counts = torch.empty(B, H, Mq, dtype=torch.int32, device=words.device)
+    indices = torch.empty(B, H, Mq, blocks, dtype=torch.int32, device=words.device)
     BJ = min(256, max(16, triton.next_power_of_2(blocks)))
-    _lists[(Mq, B * H)](words, counts, indices, n_queries, n_keys, W, blocks, limit, BJ=BJ, num_warps=1)
+    _lists[(Mq, B * H)](words, counts, indices, n_queries, n_keys, W, blocks, BJ=BJ, num_warps=1)
     return counts, indices

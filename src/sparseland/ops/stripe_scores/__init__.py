@@ -80,8 +80,8 @@ def row_anchors(
         ``[B, Hq, Mq]`` float32.
 
     Raises:
-        SparselandError: shapes, dtypes or devices don't fit, a size is below 1, the scale is not positive, or the
-            requested backend can't run the input.
+        SparselandError: shapes, dtypes or devices don't fit, a size is below 1, the scale is not positive,
+            or the requested backend can't run the input.
     """
     scale = _check("row_anchors", q, k, block_size, step, scale)
     chosen = choose("row_anchors", BACKENDS, backend, q, block_size, step)

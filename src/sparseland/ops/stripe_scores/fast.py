@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparseland.ops.block_scores import mean_pool
-from sparseland.ops.compact import compact
 from sparseland.ops.stripe_scores.areas import (
     LEVELS,
     fitting_level,
@@ -46,7 +45,7 @@ def anchors(
         local = _product(rows, keys[:, start : first + n], half)
         # Only the last n keys can lie after a row.
         future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-        local.unflatten(1, (-1, n))[..., -n:].masked_fill_(future, -torch.inf)
+        local.view(-1, local.shape[1] // n, n, local.shape[2])[..., -n:].masked_fill_(future, -torch.inf)
         peak = local.amax(-1)
         if start:
             peak = peak.maximum(_product(rows, keys[:, : min(size, start)], half).amax(-1))
@@ -54,7 +53,9 @@ def anchors(
     return maxima * scale
 
 
-def _product(rows: Float[Tensor, "b R D"], keys: Float[Tensor, "b n D"], half: bool) -> Float[Tensor, "b R n"]:
+def _product(
+    rows: Float[Tensor, "b R D"], keys: Float[Tensor, "b n D"], half: bool
+) -> Float[Tensor, "b R n"]:
     """Logits in float32; half-precision factors stay what they are on a GPU."""
     if half:
         return torch.bmm(rows, keys.mT, out_dtype=torch.float32)
@@ -96,7 +97,7 @@ def stripes(
         low = anchor[:, :, g:end].reshape(B * Hkv, -1, 1)
         excess = torch.baddbmm(-low, q_bar, keys[..., :width]).view(B, Hq, end - g, step, width)
         margin = -excess.amax(3)
-        # What can't be judged is kept (NaN or infinite inputs; their own rows are NaN anyway).
+        # What can't be compared is kept (NaN or infinite inputs; their own rows are NaN anyway).
         margin.masked_fill_(~margin.isfinite(), -torch.inf)
         key = torch.arange(width, device=q.device)
         between = (key >= block_size) & (key < starts[g:end, None])
@@ -115,3 +116,18 @@ def _lists(
         totals = torch.stack([(margin <= levels[level]).sum(-1) for level in range(LEVELS)], -1)
         chosen = margin <= levels[fitting_level(totals, limit)][..., None]
     return compact(chosen, limit)
+
+
+def compact(
+    chosen: Bool[Tensor, "*batch n"], limit: int
+) -> tuple[Int[Tensor, "*batch"], Int[Tensor, "*batch L"]]:
+    """Ascending places of the True entries, of more than ``limit`` the last; zeros behind the counts."""
+    rank = chosen.cumsum(-1, dtype=torch.int32)
+    count = rank[..., -1:].clone()
+    place = rank - 1 - (count - limit).clamp(min=0)
+    # Everything else goes to an extra place that is cut off again.
+    place = torch.where(chosen & (place >= 0), place, limit).long()
+    lists = torch.zeros(*chosen.shape[:-1], limit + 1, dtype=torch.int32, device=chosen.device)
+    key = torch.arange(chosen.shape[-1], dtype=torch.int32, device=chosen.device)
+    lists.scatter_(-1, place, key.expand(chosen.shape))
+    return count.squeeze(-1).clamp(max=limit), lists[..., :limit]

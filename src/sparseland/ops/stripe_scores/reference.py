@@ -22,7 +22,7 @@ def anchors(
         area = [j for j in range(position + 1) if j < block_size or j >= start]
         logits = torch.einsum("bhd,bhnd->bhn", q[:, :, i].float(), keys[:, :, area]) * scale
         rows.append(logits.amax(-1))
-    blocks = torch.stack(rows, -1).split(block_size, dim=-1)
+    blocks = torch.split(torch.stack(rows, -1), block_size, dim=-1)
     return torch.stack([block.mean(-1) for block in blocks], -1)
 
 

@@ -77,9 +77,7 @@ def _anchors(
     start = tl.maximum((offset + i_m // step * step * BLOCK) // BLOCK - 1, 0) * BLOCK
     b_m = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     # Block 0 lies wholly before the local keys, or is among them.
-    b_m = _maxima(
-        b_m, b_q, k_base, stride_kn, 0, tl.minimum(start, BLOCK), i_q, i_d, n_keys, D, BN, False
-    )
+    b_m = _maxima(b_m, b_q, k_base, stride_kn, 0, tl.minimum(start, BLOCK), i_q, i_d, n_keys, D, BN, False)
     seen = tl.maximum((first + 1) // BN * BN, start)
     b_m = _maxima(b_m, b_q, k_base, stride_kn, start, seen, i_q, i_d, n_keys, D, BN, False)
     b_m = _maxima(b_m, b_q, k_base, stride_kn, seen, last + 1, i_q, i_d, n_keys, D, BN, True)
@@ -113,14 +111,14 @@ def _margins(
     b_high, b_low, b_anchor, b_row, b_start, k_base, stride_kn, i_k, i_d, n_keys, D, block_size,
     R: tl.constexpr, STEP: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Least margin ``anchor - score`` over the blocks of each group, +inf where no stripe may be: [GT, BN]."""
+    """Least ``anchor - score`` over the blocks of each group, +inf where no stripe may be: [GT, BN]."""
     b_load = (i_k < n_keys)[:, None] & (i_d < D)[None, :]
     b_k = tl.load(k_base + i_k[:, None].to(tl.int64) * stride_kn + i_d[None, :], mask=b_load, other=0.0)
     b_s = tl.dot(b_high, tl.trans(b_k), input_precision="ieee")
     if SPLIT:
         b_s = tl.dot(b_low, tl.trans(b_k), b_s, input_precision="ieee")
     b_margin = b_anchor[:, None] - b_s
-    # What can't be judged is kept: NaN and infinities compare False with the first.
+    # What can't be compared is kept: NaN and infinities compare False with the first.
     b_margin = tl.where(tl.abs(b_margin) < float("inf"), b_margin, float("-inf"))
     b_margin = tl.where(b_row[:, None], b_margin, float("inf"))
     b_margin = tl.min(tl.reshape(b_margin, (R // STEP, STEP, BN)), 1)
