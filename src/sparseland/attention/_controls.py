@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.method import Role, SelectState, param
+from sparseland.ops.block_lists.fast import last_positions
 from sparseland.patterns import visible_blocks
 
 
@@ -122,8 +123,10 @@ def blocks_by_priority(
     device = priority.device
     visible = visible_blocks(n_queries, n_keys, block_size, device)
     forced = forced & visible
-    wanted = blocks_per_row(budget, visible.sum(-1).tolist())
-    count = torch.tensor(wanted, device=device).maximum(forced.sum(-1))
+    last = last_positions(n_queries, n_keys, block_size, "cpu")
+    wanted = torch.tensor(blocks_per_row(budget, (last // block_size + 1).tolist()))
+    # A copy that does not wait for the device.
+    count = wanted.to(device, non_blocking=True).maximum(forced.sum(-1))
     ranked = priority.double().masked_fill(~visible, -math.inf).masked_fill(forced, math.inf)
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     taken = (torch.arange(order.shape[-1], device=device) < count[:, None]).expand(order.shape)
@@ -140,7 +143,8 @@ def hashed(*parts: int | Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
     state: Tensor = torch.zeros((), dtype=torch.int64)
     for part in parts:
         value = torch.as_tensor(part)
-        state = ((state.to(value.device) ^ (value.long() & mask)) + 0x9E3779B9) & mask
+        # A number on the CPU joins a tensor on the device without a copy that is waited for.
+        state = ((state ^ (value.long() & mask)) + 0x9E3779B9) & mask
         state = ((state ^ (state >> 16)) * 0x7FEB352D) & mask
         state = ((state ^ (state >> 15)) * 0x846CA68B) & mask
         state = state ^ (state >> 16)

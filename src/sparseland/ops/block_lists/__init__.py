@@ -26,6 +26,7 @@ BACKENDS = (
     Backend("torch", f"{_HERE}.fast", lambda _: None),
     Backend("reference", f"{_HERE}.reference", lambda _: None),
 )
+_TRITON = BACKENDS[1]
 
 
 def block_lists(
@@ -182,12 +183,11 @@ def _block_lists(
     unit: int,
     length: int,
 ) -> tuple[Tensor, Tensor]:
-    from sparseland.ops.block_lists.triton import block_lists
-
     heads = _heads_of(mask, weights, threshold, active, bands, columns)
-    return block_lists(
+    counts, indices = _TRITON.load().block_lists(
         mask, weights, threshold, active, bands, columns, *heads, n_queries, n_keys, block_size, unit, length
     )
+    return counts, indices
 
 
 @_block_lists.register_fake
@@ -219,10 +219,10 @@ def _column_lists(
     n_keys: int,
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
-    from sparseland.ops.block_lists.triton import column_lists
-
     heads = _heads_of(positions, mask, bands)
-    return column_lists(positions, counts, mask, bands, *heads, n_queries, n_keys, block_size)
+    sizes = (*heads, n_queries, n_keys, block_size)
+    found, indices = _TRITON.load().column_lists(positions, counts, mask, bands, *sizes)
+    return found, indices
 
 
 @_column_lists.register_fake
@@ -244,9 +244,8 @@ def _(
 def _list_pairs(
     counts: Tensor, indices: Tensor, n_queries: int, n_keys: int, block_size: int, unit: int
 ) -> Tensor:
-    from sparseland.ops.block_lists.triton import list_pairs
-
-    return list_pairs(counts, indices, n_queries, n_keys, block_size, unit)
+    pairs: Tensor = _TRITON.load().list_pairs(counts, indices, n_queries, n_keys, block_size, unit)
+    return pairs
 
 
 @_list_pairs.register_fake

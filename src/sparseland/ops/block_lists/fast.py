@@ -116,7 +116,7 @@ def compact(
 ) -> tuple[Int[Tensor, "B H Mq"], Int[Tensor, "B H Mq L"]]:
     """The True places of each row in ascending order (or the ``values`` there), at most ``length``."""
     if mask.device.type != "cpu":
-        return _compact_in_place(mask, length, values)
+        return compact_without_asking(mask, length, values)
     counts = mask.sum(-1, dtype=torch.int32)
     longest = int(counts.max()) if counts.numel() else 0
     row, column = mask.flatten(0, -2).nonzero(as_tuple=True)
@@ -131,7 +131,7 @@ def compact(
     return counts, indices
 
 
-def _compact_in_place(
+def compact_without_asking(
     mask: Bool[Tensor, "B H Mq n"], length: int, values: Int[Tensor, "B H Mq n"] | None
 ) -> tuple[Int[Tensor, "B H Mq"], Int[Tensor, "B H Mq L"]]:
     """The same without asking how long the lists are."""

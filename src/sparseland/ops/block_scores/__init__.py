@@ -62,6 +62,7 @@ def _backends(why_no_triton: Callable[[Tensor, int], str | None]) -> tuple[Backe
     )
 
 
+_TRITON = Backend("triton", f"{_HERE}.triton", _why_no_triton)
 _PROBE, _POOL, _MAP = _backends(_why_no_probe), _backends(_why_no_pool), _backends(_why_no_triton)
 
 
@@ -325,9 +326,8 @@ def probe_distance(
 
 @torch.library.custom_op("sparseland::mean_pool", mutates_args=())
 def _mean_pool(x: Tensor, block_size: int, active: Tensor | None) -> Tensor:
-    from sparseland.ops.block_scores.triton import mean_pool
-
-    return mean_pool(x, block_size, active)
+    result: Tensor = _TRITON.load().mean_pool(x, block_size, active)
+    return result
 
 
 @_mean_pool.register_fake
@@ -347,9 +347,8 @@ def _pooled_map(
     normalise: bool,
     active: Tensor | None,
 ) -> Tensor:
-    from sparseland.ops.block_scores.triton import pooled_map
-
-    return pooled_map(q, k, n_queries, n_keys, block_size, scale, normalise, active)
+    result: Tensor = _TRITON.load().pooled_map(q, k, n_queries, n_keys, block_size, scale, normalise, active)
+    return result
 
 
 @_pooled_map.register_fake
@@ -368,9 +367,7 @@ def _(
 
 @torch.library.custom_op("sparseland::probe_sums", mutates_args=())
 def _probe_sums(q: Tensor, k: Tensor, n_probe: int, block_size: int, scale: float) -> tuple[Tensor, Tensor]:
-    from sparseland.ops.block_scores.triton import probe_sums
-
-    tokens, blocks = probe_sums(q, k, n_probe, block_size, scale)
+    tokens, blocks = _TRITON.load().probe_sums(q, k, n_probe, block_size, scale)
     return tokens, blocks
 
 
@@ -383,9 +380,8 @@ def _(q: Tensor, k: Tensor, n_probe: int, block_size: int, scale: float) -> tupl
 
 @torch.library.custom_op("sparseland::probe_distance", mutates_args=())
 def _probe_distance(q: Tensor, k: Tensor, true: Tensor, n_probe: int, scale: float) -> Tensor:
-    from sparseland.ops.block_scores.triton import probe_distance
-
-    return probe_distance(q, k, true, n_probe, scale)
+    result: Tensor = _TRITON.load().probe_distance(q, k, true, n_probe, scale)
+    return result
 
 
 @_probe_distance.register_fake

@@ -27,6 +27,7 @@ BACKENDS = (
     Backend("torch", f"{_HERE}.fast", lambda _: None),
     Backend("reference", f"{_HERE}.reference", lambda _: None),
 )
+_TRITON = BACKENDS[1]
 
 
 def top_mask(
@@ -104,9 +105,8 @@ def _check(op: str, x: Tensor) -> None:
 
 @torch.library.custom_op("sparseland::top_mask", mutates_args=())
 def _top_mask(values: Tensor, count: Tensor, forced: int) -> Tensor:
-    from sparseland.ops.top_values.triton import top_mask
-
-    return top_mask(values, count, forced)
+    mask: Tensor = _TRITON.load().top_mask(values, count, forced)
+    return mask
 
 
 @_top_mask.register_fake
@@ -116,9 +116,8 @@ def _(values: Tensor, count: Tensor, forced: int) -> Tensor:
 
 @torch.library.custom_op("sparseland::covering", mutates_args=())
 def _covering(weights: Tensor, mass: float, active: Tensor | None) -> tuple[Tensor, Tensor]:
-    from sparseland.ops.top_values.triton import covering
-
-    return covering(weights, mass, active)
+    value, taken = _TRITON.load().covering(weights, mass, active)
+    return value, taken
 
 
 @_covering.register_fake
