@@ -170,7 +170,7 @@ def test_the_fast_way_scores_half_as_many(monkeypatch: pytest.MonkeyPatch) -> No
     counted = []
     original = fast._peak
 
-    def count(products: Tensor, absent: Tensor) -> Tensor:
+    def count(products: Tensor, absent: Tensor | None) -> Tensor:
         counted.append(products.shape[-1])
         return original(products, absent)
 

@@ -41,8 +41,8 @@ def tree_search(
     heads, M = kv_heads if shared else n_heads, first.shape[1]
     rows = _scoring_rows(q, block_q, stride, kv_heads, shared)  # [B, H, M, R, D]
     # Rows that fill up the last block must not vote.
-    position = torch.arange(0, M * block_q, device=q.device).view(M, block_q)[:, ::stride]
-    absent = (position >= n_queries).repeat(1, rows.shape[3] // position.shape[1])  # [M, R]
+    position = torch.arange(0, block_q, stride, device=q.device) + (M - 1) * block_q
+    absent = (position >= n_queries).repeat(rows.shape[3] // len(position))
     stages = n_stages(n_keys // block_k, keep)
     table = n_keys <= _TABLE * keep * block_k * (stages + 1)
     per_block = rows.shape[3] * n_keys if table else keep * block_k * max(dim, rows.shape[3])
@@ -51,12 +51,13 @@ def tree_search(
     for i in range(0, M, step):
         part = slice(i, i + step)
         origin, B = first[:, None, part, None].long(), blocks[:, None, part, None].long()
+        hidden = absent if i + step >= M and n_queries % block_q else None
         if table:
             # On the CPU, where asking costs nothing, the table ends with the last key that is searched.
             end = n_keys if q.is_cuda else max(1, int((origin + B * block_k).max()))
-            scores = _by_table(rows[:, :, part], k, absent[part], origin, block_k, end)
+            scores = _by_table(rows[:, :, part], k, hidden, origin, block_k, end)
         else:
-            scores = _by_gathering(rows[:, :, part], k, absent[part], origin, block_k)
+            scores = _by_gathering(rows[:, :, part], k, hidden, origin, block_k)
         found = _search(scores, B, keep, heads, stages)
         listed = torch.arange(keep, device=q.device) < B
         out[:, :, part] = torch.where(listed, origin + found * block_k, 0).to(torch.int32)
@@ -96,7 +97,7 @@ def _search(
         halves = torch.stack((score.masked_fill(half == 0, -torch.inf), other), -1).flatten(-2)
         starts = torch.stack((start, start + half), -1).flatten(-2)
         sizes = torch.stack((half, size - half), -1).flatten(-2)
-        kept = halves.argsort(dim=-1, descending=True, stable=True)[..., :keep].sort(dim=-1).values
+        kept = _best(halves, keep)
         score, size = halves.gather(-1, kept), sizes.gather(-1, kept)
         start = torch.where(few, start, starts.gather(-1, kept))
         size = torch.where(few, 1, size)
@@ -106,7 +107,7 @@ def _search(
 def _by_table(
     rows: Float[Tensor, "B H m R D"],
     k: Float[Tensor, "B Hkv Nk D"],
-    absent: Bool[Tensor, "m R"],
+    absent: Bool[Tensor, " R"] | None,
     origin: Int[Tensor, "B 1 m 1"],
     block_k: int,
     end: int,
@@ -129,7 +130,7 @@ def _by_table(
 def _by_gathering(
     rows: Float[Tensor, "B H m R D"],
     k: Float[Tensor, "B Hkv Nk D"],
-    absent: Bool[Tensor, "m R"],
+    absent: Bool[Tensor, " R"] | None,
     origin: Int[Tensor, "B 1 m 1"],
     block_k: int,
 ) -> Scores:
@@ -151,8 +152,25 @@ def _by_gathering(
     return scores
 
 
-def _peak(products: Float[Tensor, "B H m R n"], absent: Bool[Tensor, "m R"]) -> Float[Tensor, "B H m n"]:
-    """Largest over the queries that exist; finite, and lowest where it is not a number. Overwrites."""
+def _peak(
+    products: Float[Tensor, "B H m R n"], absent: Bool[Tensor, " R"] | None
+) -> Float[Tensor, "B H m n"]:
+    """Largest over the queries; finite, and lowest where it is not a number. Overwrites.
+
+    ``absent``: queries that the last query block lacks.
+    """
     largest = torch.finfo(torch.float32).max
-    products.nan_to_num_(-largest, largest, -largest).masked_fill_(absent[..., None], -largest)
+    products.nan_to_num_(-largest, largest, -largest)
+    if absent is not None:
+        products[:, :, -1].masked_fill_(absent[:, None], -largest)
     return products.amax(-2)
+
+
+def _best(scores: Float[Tensor, "*B n"], keep: int) -> Int[Tensor, "*B keep"]:
+    """Places of the ``keep`` largest, ascending; ties to the earlier. Faster than sorting twice."""
+    least = scores.topk(keep, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, tie = scores > least, scores == least
+    taken = above | (tie & (tie.cumsum(-1) <= keep - above.sum(-1, keepdim=True)))
+    target = torch.where(taken, taken.cumsum(-1) - 1, keep)  # the rest goes to a place that is cut off
+    place = torch.arange(scores.shape[-1], device=scores.device).expand_as(target)
+    return place.new_empty(*scores.shape[:-1], keep + 1).scatter_(-1, target, place)[..., :keep]
