@@ -27,6 +27,7 @@ from sparseland.method import (
 )
 from sparseland.models.attention import ATTRIBUTE, NAME, switch, switched, tiny_ids
 from sparseland.models.caches import cache_hook
+from sparseland.models.modality import track_modality
 from sparseland.models.rope import find_ropes
 from sparseland.models.surgery import attention_layers, decoder_linears, decoder_of, replace_module
 from sparseland.runtime import AttentionRuntime, Tally
@@ -215,6 +216,9 @@ def apply(
         hook = decoder_of(model).register_forward_pre_hook(cache_hook(runtimes), with_kwargs=True)
         stack.callback(hook.remove)
         stack.callback(_deactivate, runtimes)
+        prefill = by_role.get("prefill")
+        if isinstance(prefill, PrefillMethod) and prefill.reads_vision:
+            stack.callback(track_modality(model, runtimes.values()))
         linears: dict[str, nn.Module] = {}
         if method := by_role.get("linear"):
             assert isinstance(method, LinearMethod)

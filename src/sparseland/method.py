@@ -24,7 +24,7 @@ from sparseland.errors import SparselandError
 
 if TYPE_CHECKING:
     import torch
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
     from sparseland.patterns import Pattern
 
@@ -141,6 +141,10 @@ class AttentionInputs:
     learner: torch.nn.Module | None = None
     rope: Rope | None = None  # undoes the rotation; None here: q and k are taken as they are
     marks: Float[torch.Tensor, "B Hkv n"] | None = None  # KVStore.marks() of the n tokens before this call
+    # Of a vision-language model's prompt: which tokens are vision (on the CPU, one row for the whole batch),
+    # and tokens per frame and per row of its videos, where the call tells.
+    vision: Bool[torch.Tensor, " Nk"] | None = None
+    strides: tuple[int, ...] = ()
 
     @property
     def offset(self) -> int:
@@ -265,12 +269,14 @@ class PrefillMethod(Method):
         looks_ahead: whether the pairs of a query may depend on later tokens of the same call, as in
             every method that estimates from the prompt's last queries. Values never leak, positions may.
         chunkable: whether a prompt fed in pieces computes the same pairs as in one call.
+        reads_vision: whether it wants to know a prompt's vision tokens (``AttentionInputs.vision``).
         shares_group: whether the query heads of a key head take one selection together, so that the pairs
             depend on which heads share keys.
     """
 
     looks_ahead: ClassVar[bool] = True
     chunkable: ClassVar[bool] = False
+    reads_vision: ClassVar[bool] = False
     shares_group: ClassVar[bool] = False
 
     @property

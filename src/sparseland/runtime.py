@@ -27,6 +27,7 @@ from sparseland.patterns import Pattern, WindowPattern, causal_pairs
 
 if TYPE_CHECKING:
     from sparseland.models.caches import TrackedLayer
+    from sparseland.models.modality import Modality
 
 
 @dataclass
@@ -55,6 +56,7 @@ class AttentionRuntime:
     n_layers: int | None = None
     learners: dict[str, nn.Module] = field(default_factory=dict)  # slug -> the method's own parameters
     rope: Rope | None = None  # where a method asks for it
+    modality: Modality | None = None  # which tokens are vision, where a method asks for it
     measure_recall: bool = False
     measure_time: bool = False
     active: bool = True
@@ -143,12 +145,13 @@ class AttentionRuntime:
     ) -> Tensor:
         """A prompt's attention; padded rows one by one."""
         n = k.shape[2]
-        if mask.valid is None:
-            return self._prompt(q, k, v, scale, window, marks)
+        vision = None if self.modality is None else self.modality.of(q.shape[0], n)
+        if mask.valid is None and (vision is None or bool((vision == vision[:1]).all())):
+            return self._prompt(q, k, v, scale, window, marks, None if vision is None else vision[0])
         # Padding is cut off row by row, so that a padded row computes exactly what it would alone.
         out = torch.zeros_like(q)
         for row in range(q.shape[0]):
-            valid = mask.valid[row, :n]
+            valid = k.new_ones(n, dtype=torch.bool) if mask.valid is None else mask.valid[row, :n]
             if not bool(valid.any()):
                 continue
             keys = _run_or_index(valid)
@@ -161,7 +164,10 @@ class AttentionRuntime:
                 before = keys if isinstance(keys, slice) else keys[keys < marks.shape[2]]
                 own = marks[at][:, :, before]
             x = (q[at][:, :, queries], k[at][:, :, keys], v[at][:, :, keys])
-            part = self._prompt(*x, scale, window, own)
+            seen = None
+            if vision is not None:
+                seen = vision[row, keys if isinstance(keys, slice) else keys.cpu()]
+            part = self._prompt(*x, scale, window, own, seen)
             out[at, :, queries] = part
         return out
 
@@ -173,6 +179,7 @@ class AttentionRuntime:
         scale: float,
         window: int | None,
         marks: Tensor | None = None,
+        vision: Tensor | None = None,
     ) -> Tensor:
         n_queries, n_keys = q.shape[2], k.shape[2]
         start = self._clock(q)
@@ -182,7 +189,9 @@ class AttentionRuntime:
         elif self.prefill is None:
             pattern = WindowPattern.dense(n_queries, n_keys)
         else:
-            x = replace(self._inputs(self.prefill, q, k, v, scale), marks=marks)
+            strides = self.modality.strides if vision is not None and self.modality is not None else ()
+            known = {"marks": marks, "vision": vision, "strides": strides}
+            x = replace(self._inputs(self.prefill, q, k, v, scale), **known)  # type: ignore[arg-type]
             pattern = self.prefill.pattern(x, self._calibration(self.prefill.card.slug))
         selected = self._clock(q)
         if self.keep_pattern:
