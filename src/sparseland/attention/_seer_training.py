@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sparseland.attention._seer_gate import Gates, Turns
 from sparseland.errors import SparselandError
-from sparseland.method import AttentionInputs, Calibration
+from sparseland.method import AttentionInputs, Calibration, Rope
 from sparseland.ops.block_gate import unrotated_pool
 from sparseland.ops.block_max_probability import block_max_probability
 from sparseland.ops.rotary import turn_back
@@ -168,6 +168,7 @@ class _School:
         self.model, self.batches, self.method, self.keep = model, batches, method, keep
         self._known: dict[int, dict[int, Lessons]] = {}
         self._room = _CACHE_BYTES
+        self._ropes: Mapping[int, Rope] | None = None
 
     def lessons(self, step: int) -> Iterator[tuple[int, Lessons]]:
         """Layer by layer, those of the step's batch."""
@@ -188,8 +189,11 @@ class _School:
     def _capture(self, ids: Int[Tensor, "B N"]) -> Iterator[AttentionInputs]:
         # transformers stays unloaded until a model is really trained.
         from sparseland.models.capture import capture_qkv
+        from sparseland.models.rope import find_ropes
 
-        return capture_qkv(self.model, ids)
+        if self._ropes is None:
+            self._ropes = find_ropes(self.model)
+        return capture_qkv(self.model, ids, ropes=self._ropes)
 
 
 @torch.no_grad()
@@ -214,8 +218,7 @@ def make_lessons(x: AttentionInputs, method: SeerAttention) -> Lessons:
             column <= column[first:, None],
         )
     if method.phase != "prefill":
-        half = max(n // 2, size)  # a first block has none to choose from
-        at = torch.linspace(half, n - 1, min(_POSITIONS, n - half), device=k.device).round().long()
+        half, at = decode_positions(n, size, k.device)
         q_turns = None if turns is None else (turns[0][at], turns[1][at])
         queries = x.q[:, :, at].float()
         target = block_max_probability(x.q[:, :, half:], x.k, size, x.scale, per_query=True)[:, :, at - half]
@@ -231,6 +234,12 @@ def make_lessons(x: AttentionInputs, method: SeerAttention) -> Lessons:
             seen,
         )
     return lessons
+
+
+def decode_positions(n: int, block_size: int, device: torch.device) -> tuple[int, Int[Tensor, " m"]]:
+    """Where a text's last half begins, and its queries that a decode gate is shown, evenly spread."""
+    half = max(n // 2, block_size)  # a first block has none to choose from
+    return half, torch.linspace(half, n - 1, min(_POSITIONS, n - half), device=device).round().long()
 
 
 def _normalised(target: Float[Tensor, "B H m n"]) -> Float[Tensor, "B H m n"]:

@@ -41,15 +41,19 @@ class _Recorder:
 
 @torch.no_grad()
 def capture_qkv(
-    model: nn.Module, ids: Int[Tensor, "B N"], layers: Iterable[int] | None = None
+    model: nn.Module,
+    ids: Int[Tensor, "B N"],
+    layers: Iterable[int] | None = None,
+    *,
+    ropes: Mapping[int, Rope] | None = None,
 ) -> Iterator[AttentionInputs]:
     """q, k, v of the asked attention layers (default all), post-RoPE, from one dense forward of ``ids``.
 
     No padding; nothing stays on the model. All asked layers are held in memory until they are consumed.
-    ``x.rope`` is None where a model's RoPE can't be undone.
+    ``x.rope`` comes from ``ropes``, or is looked for; it is None where a model's RoPE can't be undone.
     """
     modules = attention_layers(model)
-    ropes = _ropes(model)
+    ropes = _ropes(model) if ropes is None else ropes
     wanted = set(modules) if layers is None else set(layers)
     notes: list[AttentionInputs] = []
     recorders: dict[int, Any] = {
