@@ -292,6 +292,22 @@ def test_the_future_changes_nothing() -> None:
     assert not torch.equal(out[:, :, 100:], changed[:, :, 100:])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # the interpreter's
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_key_that_is_no_number_harms_only_those_that_see_it(bad: float, backend: str) -> None:
+    case = CASES[0]
+    q, k, v = inputs(case)
+    pattern = union_for(case)
+    reads = pattern.mask()[..., 70].any(1)[0].expand(130)
+    want, _ = dense(q, k, v, pattern.mask())
+    k = k.clone()
+    k[:, :, 70] = bad
+    out = block_column_attention(q, k, v, pattern, backend=backend)
+    assert reads[70:].any()
+    assert_close("out", out[:, :, ~reads], want[:, :, ~reads], torch.float32)
+
+
 def test_cpu_batches_cover_each_item_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when a batch holds one item only, and when lists differ in length a lot."""
     case = (1, 3, 1, 300, 300, 16, 16)

@@ -94,6 +94,8 @@ def _attend(
     out = torch.empty(n_items, G, size, D, dtype=q.dtype)
     lse = torch.full((n_items, G, size), -torch.inf)
 
+    # What an additive mask hides must be a number.
+    kernel = _flash if bool(k.isfinite().all()) else _plain
     rows = torch.arange(size)
     batches = list(_batches(lists, size))
     longest = max((len(batch.items) * batch.width for batch in batches), default=0)
@@ -110,7 +112,7 @@ def _attend(
         spans = _hidden_spans(keys, first_query[items, None], batch.padding)
         for span in spans:
             mask[:, 0, :, span].masked_fill_(keys[:, None, span] > query, -torch.inf)
-        out[items], lse[items] = _flash(
+        out[items], lse[items] = kernel(
             q_items[items],
             k_batch.view(n, 1, width, D).expand(-1, G, -1, -1),
             v_batch.view(n, 1, width, D).expand(-1, G, -1, -1),
@@ -127,6 +129,20 @@ def _attend(
     out = out.view(B, -1, M, G, size, D).transpose(2, 3).reshape(B, Hq, -1, D)
     lse = lse.view(B, -1, M, G, size).transpose(2, 3).reshape(B, Hq, -1)
     return out[:, :, :n_queries].contiguous(), lse[:, :, :n_queries].contiguous()
+
+
+def _plain(
+    q: Float[Tensor, "n G R D"],
+    k: Float[Tensor, "n G W D"],
+    v: Float[Tensor, "n G W D"],
+    attn_mask: Float[Tensor, "n 1 R W"],
+    scale: float,
+) -> tuple[Float[Tensor, "n G R D"], Float[Tensor, "n G R"]]:
+    """What the flash kernel computes, where hidden keys may be infinite or NaN."""
+    scores = (q.float() @ k.float().transpose(-1, -2) * scale).masked_fill(attn_mask < 0, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    return (weights @ v.float()).to(q.dtype), lse
 
 
 class _Batch(NamedTuple):

@@ -54,7 +54,7 @@ def tree_search(
         hidden = absent if i + step >= M and n_queries % block_q else None
         if table:
             # On the CPU, where asking costs nothing, the table ends with the last key that is searched.
-            end = n_keys if q.is_cuda else max(1, int((origin + B * block_k).max()))
+            end = n_keys if q.is_cuda else min(n_keys, max(1, int((origin + B * block_k).max())))
             scores = _by_table(rows[:, :, part], k, hidden, origin, block_k, end)
         else:
             scores = _by_gathering(rows[:, :, part], k, hidden, origin, block_k)
