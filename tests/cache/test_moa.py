@@ -111,14 +111,18 @@ def test_the_profile_of_a_model_is_the_slope_of_its_loss():
 def test_blocks_sum_magnitudes_and_pieces_do_not_matter(monkeypatch):
     x = inputs(50, dtype=torch.float64)
     grad = torch.randn(1, 4, 50, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    whole = effects(x, grad, 0, 50).abs()
-    expected = torch.zeros(1, 4, 7, 7, dtype=torch.float64)
+    whole = effects(x, grad, 0, 50)
+    expected = torch.zeros(2, 1, 4, 7, 7, dtype=torch.float64)
     for r, c in itertools.product(range(7), range(7)):
-        expected[..., r, c] = whole[..., 8 * r : 8 * r + 8, 8 * c : 8 * c + 8].sum((-2, -1))
+        block = whole[..., 8 * r : 8 * r + 8, 8 * c : 8 * c + 8]
+        expected[0, ..., r, c] = block.sum((-2, -1)).abs()
+        expected[1, ..., r, c] = block.abs().sum((-2, -1))
     for rows in (8, 16, 256):
         monkeypatch.setattr(_moa_profile, "_ROWS", rows)
-        torch.testing.assert_close(block_influence(x, grad, 8), expected)
+        for effect, wanted in zip(("blocks", "elements"), expected, strict=True):
+            torch.testing.assert_close(block_influence(x, grad, 8, effect), wanted)
     assert expected.triu(1).abs().max() == 0
+    assert not torch.allclose(expected[0], expected[1])
 
 
 def test_a_half_precision_model_is_profiled_in_float32_and_left_as_it_was():

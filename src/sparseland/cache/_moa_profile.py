@@ -71,14 +71,19 @@ def _frozen_float32(model: nn.Module) -> Iterator[None]:
 
 
 def profile(
-    model: nn.Module, ids: Int[Tensor, "B N"], length: int, block: int, supervision: str = "text"
+    model: nn.Module,
+    ids: Int[Tensor, "B N"],
+    length: int,
+    block: int,
+    supervision: str = "text",
+    effect: str = "blocks",
 ) -> Float[Tensor, "L Hkv n n"]:
     """Mean importance of each block of keys to each block of queries, on pieces of ``length`` tokens.
 
-    Each length reads the first half of ``ids``: as many pieces as it holds.
+    Each length reads all of ``ids``, in as many pieces as they hold.
     The loss is that of a piece's last quarter: of the text's tokens, or of the model's own next tokens.
     """
-    count = max(1, ids.shape[1] // 2 // length)
+    count = max(1, ids.shape[1] // length)
     pieces = ids[:, : count * length].reshape(-1, length)
     total: Tensor | None = None
     with _frozen_float32(model):
@@ -90,19 +95,25 @@ def profile(
                 with torch.no_grad():
                     logits = model(input_ids=piece[None], use_cache=False).logits
                 labels[-quarter:] = logits[0, -quarter - 1 : -1].argmax(-1)
-            found = influence(model, piece[None], labels[None], block)
+            found = influence(model, piece[None], labels[None], block, effect)
             total = found if total is None else total + found
     assert total is not None
     return total.cpu() / len(pieces)
 
 
 def influence(
-    model: nn.Module, ids: Int[Tensor, "B N"], labels: Int[Tensor, "B N"], block: int
+    model: nn.Module,
+    ids: Int[Tensor, "B N"],
+    labels: Int[Tensor, "B N"],
+    block: int,
+    effect: str = "blocks",
 ) -> Float[Tensor, "L Hkv n n"]:
-    """Sum over blocks of ``|E|``, largest of a group's query heads, mean over the batch.
+    """Influence of each block, the largest of a group's query heads, mean over the batch.
 
     Args:
         labels: the token that each position holds in the loss (-100: none), aligned with ``ids``.
+        block: tokens per block.
+        effect: ``blocks``, ``|sum E|`` over a block, or ``elements``, ``sum |E|``.
     """
     from sparseland.models.attention import switched
     from sparseland.models.surgery import attention_layers
@@ -118,24 +129,26 @@ def influence(
     blocks = []
     for layer, grad in zip(layers.values(), grads, strict=True):
         x = layer.inputs
-        heads = block_influence(x, grad, block).mean(0)
+        heads = block_influence(x, grad, block, effect).mean(0)
         blocks.append(torch.unflatten(heads, 0, (-1, x.group)).amax(1))
         layer.inputs = layer.out = None
     return torch.stack(blocks)
 
 
 def block_influence(
-    x: AttentionInputs, grad: Float[Tensor, "B Hq N D"], block: int
+    x: AttentionInputs, grad: Float[Tensor, "B Hq N D"], block: int, effect: str = "blocks"
 ) -> Float[Tensor, "B Hq n n"]:
-    """``sum |E|`` over blocks for one layer, from ``dLoss/dO``; pieces of queries at a time."""
+    """Influence of each block of one layer, from ``dLoss/dO``; pieces of queries at a time."""
     n = x.q.shape[2]
     rows = max(block, _ROWS // block * block)
     out = []
     for start in range(0, n, rows):
-        effect = effects(x, grad, start, min(n, start + rows)).abs()
-        padded = F.pad(effect, (0, -n % block, 0, -effect.shape[2] % block))
+        found = effects(x, grad, start, min(n, start + rows))
+        found = found.abs() if effect == "elements" else found
+        padded = F.pad(found, (0, -n % block, 0, -found.shape[2] % block))
         batch, heads, height, width = padded.shape
-        out.append(padded.view(batch, heads, height // block, block, width // block, block).sum((3, 5)))
+        blocks = padded.view(batch, heads, height // block, block, width // block, block).sum((3, 5))
+        out.append(blocks.abs())
     return torch.cat(out, 2)
 
 
@@ -157,10 +170,10 @@ def effects(
     g = grad[:, :, start:stop].to(dtype) @ v.mT
     mean = (g * a).sum(-1, keepdim=True)
     rest = (1 - a).clamp(min=torch.finfo(dtype).eps)
-    effect = -a * (g - mean) / rest
+    found = -a * (g - mean) / rest
     if start == 0:
-        effect[:, :, 0] = -(g * a)[:, :, 0]
-    return effect
+        found[:, :, 0] = -(g * a)[:, :, 0]
+    return found
 
 
 @torch.no_grad()

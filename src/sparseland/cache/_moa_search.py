@@ -34,7 +34,7 @@ def search(model: nn.Module, ids: Int[Tensor, "B N"], method: MoA) -> dict[str, 
     n = ids.shape[1]
     lengths, unseen = (n // 8, n // 4, n // 2), 3 * n // 4
     block = method.profile_block or min(method.block_size, max(4, _power_of_two(lengths[0] // FEWEST_BLOCKS)))
-    importance = [profile(model, ids, length, block, method.supervision) for length in lengths]
+    importance = [profile(model, ids, length, block, method.supervision, method.effect) for length in lengths]
     rules = candidates(lengths, n, block)
     problem = Problem.of(importance, rules, lengths, n, block)
     plans = pareto_plans(problem, method.density)

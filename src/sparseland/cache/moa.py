@@ -7,7 +7,7 @@ A head's span at input length N is ``S = alpha + beta N`` (elastic rule): a bloc
 ``S - sinks`` newest tokens, on prompts as in the cache. Rules are found offline, per length N::
 
     E_ij = -A_ij (G_ij - sum_k G_ik A_ik) / (1 - A_ij)     G = dLoss/dA: what dropping A_ij does to the loss
-    loss(head, rule, N) = sum of |E| outside the rule's mask, over blocks
+    loss(head, rule, N) = sum over the blocks outside the rule's mask of |sum of E in the block|
     cost(head, rule, N) = S / N
     min (loss(N_1), loss(N_2), …)  so that the mean cost <= density at every N, one rule per head and
                                    at most two per layer; of the Pareto plans, the best at an unseen length
@@ -53,6 +53,8 @@ class MoA(PrefillMethod, StoreMethod):
         deviations=(
             "the loss is that of the text's last quarter (supervision=model: of the dense model's own "
             "answers there); the paper asks long-range questions and takes the dense model's answers",
+            "effects are summed over a block before their magnitude is taken; the released code sums "
+            "magnitudes (effect=elements), which on SmolLM2 predicts the true loss of plans far worse",
             "lengths follow the calibration text's N tokens as the paper's 2k/4k/8k, 12k and 16k follow 16k: "
             "profiled at N/8, N/4, N/2, validated at 3N/4, density bounded up to N",
             "spans count the sinks everywhere; in the released code the search has them on top of the span",
@@ -84,6 +86,11 @@ class MoA(PrefillMethod, StoreMethod):
         "text",
         "whose next tokens the profiled loss is of: the text's, or the dense model's own",
         choices=("text", "model"),
+    )
+    effect: str = param(
+        "blocks",
+        "what counts of a block: the magnitude of its effects' sum, or the sum of their magnitudes",
+        choices=("blocks", "elements"),
     )
     plan: str = param("", "JSON file of rules, or uniform (0 + density N for all heads), instead of a search")
 
