@@ -28,6 +28,7 @@ from sparseland.ops._dispatch import (
     check_attention_shapes,
     choose,
     interpreting,
+    loaded,
     on_cpu,
     why_no_triton,
 )
@@ -137,9 +138,7 @@ def _(q: Tensor, k: Tensor, tau: Tensor, scale: float, backend: str) -> Tensor:
 
 @torch.library.custom_op("sparseland::lowbit_tile_lists", mutates_args=())
 def _tile_lists(words: Tensor, n_queries: int, n_keys: int) -> tuple[Tensor, Tensor]:
-    from sparseland.ops.lowbit_scores.triton import tile_lists
-
-    counts, indices = tile_lists(words, n_queries, n_keys)
+    counts, indices = loaded(f"{_HERE}.triton").tile_lists(words, n_queries, n_keys)
     return counts, indices
 
 

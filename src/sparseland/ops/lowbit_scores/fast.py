@@ -76,7 +76,8 @@ def tile_bits(
             out = scores[: part.shape[1] * width * B * Hq].view(shape)
             torch.bmm(part, right[:, :, KEYS + j : KEYS + j + width], out=out)
             torch.amax(torch.unflatten(out, 1, (-1, ROWS)), 2, out=best[:, :, j : j + width])
-        kept = torch.unflatten(best, -1, (count, KEYS)).amax(-1) > 0
+        # Not "> 0": a NaN is an infinite c_j met by a row of padding.
+        kept = ~(torch.unflatten(best, -1, (count, KEYS)).amax(-1) <= 0)
         kept &= torch.arange(count, device=device) < last[u:end, None]
         packed = pack(kept)
         words[:, u:end, : packed.shape[-1]] = packed
