@@ -5,13 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparseland import patterns
+from sparseland.ops.attend import attend
 from sparseland.patterns import (
     BlockColumnPattern,
     BlockPattern,
     ColumnPattern,
+    PiecedPattern,
     WindowPattern,
     causal_pairs,
     cdiv,
+    in_pieces,
     pairs_per_block,
     visible_blocks,
 )
@@ -49,6 +53,67 @@ def test_blocks_round_trip_and_count(shape):
     for row in range(pattern.counts.shape[-1]):
         listed = pattern.indices[0, 0, row, : pattern.counts[0, 0, row]].tolist()
         assert listed == sorted(set(listed))
+
+
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 1.0])
+def test_pairs_of_blocks_are_those_of_the_map(shape, part):
+    n_queries, n_keys, size = shape
+    mask = torch.rand(2, 3, cdiv(n_queries, size), cdiv(n_keys, size)) < part
+    pattern = BlockPattern.from_block_mask(mask, size, n_queries, n_keys)
+    assert torch.equal(pattern.pairs(), (pattern.block_mask() * pattern.block_pairs()).sum((-1, -2)))
+    shared = BlockPattern.from_block_mask(mask[:1, :1].expand(2, 3, -1, -1), size, n_queries, n_keys)
+    assert torch.equal(shared.pairs(), pattern.pairs()[:1, :1].expand(2, 3))
+
+
+def test_lists_may_have_room_to_spare(shape):
+    n_queries, n_keys, size = shape
+    pattern, _ = random_blocks(*shape)
+    wide = torch.nn.functional.pad(pattern.indices, (0, 9), value=10**6)
+    other = BlockPattern(n_queries, n_keys, size, pattern.counts, wide)
+    assert torch.equal(other.pairs(), pattern.pairs())
+    columns = torch.rand(1, 2, cdiv(n_queries, size), n_keys) < 0.3
+    narrow = ColumnPattern.from_column_mask(columns, size, n_queries, n_keys, cap=3)
+    assert narrow.indices.shape[-1] <= 3
+    full = ColumnPattern.from_column_mask(columns, size, n_queries, n_keys)
+    assert torch.equal(narrow.counts, full.counts.clamp(max=3))
+
+
+def test_a_huge_pattern_is_counted_without_a_map_of_its_blocks():
+    # 16M tokens: a map would have 1.7e10 entries.
+    n, size = 2**24, 128
+    rows = torch.arange(n // size, dtype=torch.int32)
+    indices = torch.stack([(rows - 1).clamp(min=0), rows], -1)
+    indices[0] = 0
+    counts = torch.full_like(rows, 2)
+    counts[0] = 1
+    pattern = BlockPattern(n, n, size, counts[None, None], indices[None, None])
+    own = size * (size + 1) // 2
+    assert pattern.pairs().item() == len(rows) * own + (len(rows) - 1) * size**2
+    assert WindowPattern(n, n, 4, 1000).pairs().item() == 1004 * 1005 // 2 + (n - 1004) * 1004
+
+
+@pytest.mark.parametrize("step", [1, 2, 100])
+def test_a_pattern_made_in_pieces_is_the_whole_pattern(shape, step, monkeypatch):
+    n_queries, n_keys, size = shape
+    whole, mask = random_blocks(*shape)
+
+    def make(start, stop):
+        seen = n_keys - n_queries + stop
+        rows = mask[:, :, start // size : cdiv(stop, size), : cdiv(seen, size)]
+        return BlockPattern.from_block_mask(rows, size, stop - start, seen)
+
+    monkeypatch.setattr(patterns, "_LIST_BYTES", 10 * step)
+    pattern = in_pieces(make, n_queries, n_keys, size, 10)
+    assert isinstance(pattern, PiecedPattern) == (step < cdiv(n_queries, size))
+    assert torch.equal(pattern.mask(), whole.mask())
+    assert torch.equal(pattern.pairs(), whole.pairs())
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, n_queries, 8, generator=g)
+    k, v = (torch.randn(2, 3, n_keys, 8, generator=g) for _ in range(2))
+    got = attend(q, k, v, pattern, scale=0.3, return_lse=True)
+    for a, b in zip(got, attend(q, k, v, whole, scale=0.3, return_lse=True), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(attend(q, k, v, pattern, scale=0.3), got[0])
 
 
 def test_what_lies_behind_count_is_never_read(shape):

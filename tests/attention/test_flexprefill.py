@@ -8,11 +8,14 @@ from itertools import pairwise
 import pytest
 import torch
 
+from sparseland import patterns
+from sparseland.attention import flexprefill
 from sparseland.attention.flexprefill import FlexPrefill
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs, method_class, parse_spec
+from sparseland.ops.attend import attend
 from sparseland.ops.block_scores.fast import js_distance
-from sparseland.patterns import BlockPattern, WindowPattern
+from sparseland.patterns import BlockPattern, PiecedPattern, WindowPattern
 
 # Whole prompt, odd length, chunks that do and do not start at a block's edge, fewer queries than a block.
 SHAPES = [(256, 256), (251, 251), (64, 192), (77, 211), (10, 150)]
@@ -235,6 +238,88 @@ def test_a_needle_that_only_middle_queries_look_for_is_missed_by_vertical_slash(
     x.q[:, :, 1008:, 0] = 20
     found = FlexPrefill(gamma=0.9, min_budget=32, block_size=16).pattern(x).mask()
     assert found[0, 0, 600:616, 200].all()
+
+
+# ---------------------------------------------------------------------- faults
+
+
+def outputs(method, x):
+    """The method's attention and dense attention, by the op's definition."""
+    dense = WindowPattern.dense(x.q.shape[2], x.k.shape[2])
+    made = (method.pattern(x), dense)
+    return [attend(x.q, x.k, x.v, pattern, scale=x.scale, backend="reference") for pattern in made]
+
+
+@pytest.mark.parametrize(
+    ("bad", "tau", "most"),
+    [(math.nan, 0, None), (math.nan, 1, 64), (math.inf, 0.1, 64), (-math.inf, 1, None)],
+)
+def test_a_key_that_is_no_number_makes_its_heads_dense(inputs, bad, tau, most):
+    x = inputs(256, sharpness=3.0)
+    x.k[0, 1, 70, 3] = bad
+    method = FlexPrefill(gamma=0.5, tau=tau, min_budget=16, max_budget=most, block_size=16)
+    pattern = method.pattern(x)
+    got, dense = outputs(method, x)
+    assert torch.equal(got.isnan(), dense.isnan())
+    assert (pattern.density()[0, 2:] == 1).all()  # the two query heads of the key head
+    assert (pattern.density()[0, :2] < 1).all()
+    clean = inputs(256, sharpness=3.0)
+    assert torch.equal(pattern.block_mask()[0, :2], method.pattern(clean).block_mask()[0, :2])
+
+
+@pytest.mark.parametrize("tau", [0, 1])
+def test_a_query_that_is_no_number_spoils_its_own_row_only(inputs, tau):
+    x = inputs(256, sharpness=3.0)
+    x.q[0, 1, 100] = math.nan
+    got, dense = outputs(FlexPrefill(gamma=0.5, tau=tau, min_budget=16, block_size=16), x)
+    assert torch.equal(got.isnan(), dense.isnan())
+    assert got.isnan().any(-1).sum() == 1
+
+
+def test_half_precision_scores_do_not_overflow(inputs):
+    x = inputs(256, heads=1, kv_heads=1)
+    # Logits of 1e6 before scaling; fp16 ends at 65504.
+    half = AttentionInputs(*((t.sign() * 2.0**9).half() for t in (x.q, x.k)), x.v.half(), 2.0**-18, 0)
+    full = AttentionInputs(half.q.float(), half.k.float(), x.v, 2.0**-18, 0)
+    for tau in (0, 1):
+        method = FlexPrefill(gamma=0.5, tau=tau, min_budget=16, block_size=16)
+        assert torch.equal(method.pattern(half).block_mask(), method.pattern(full).block_mask())
+        assert method.pattern(half).density() < 1
+
+
+def test_inputs_may_be_views(inputs):
+    x = inputs(211, n_queries=77, sharpness=3.0)
+    turned = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x.q, x.k, x.v))
+    view = AttentionInputs(*turned, x.scale, 0)
+    assert not view.q.is_contiguous()
+    method = FlexPrefill(gamma=0.5, tau=0.2, min_budget=16, block_size=16)
+    assert torch.equal(method.pattern(view).block_mask(), method.pattern(x).block_mask())
+
+
+@pytest.mark.parametrize("tau", [0, 0.2, 1])
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(251, 251), (77, 211)])
+def test_lists_made_in_pieces_are_the_same(inputs, monkeypatch, n_queries, n_keys, tau):
+    x = inputs(n_keys, n_queries=n_queries, batch=2, sharpness=3.0)
+    method = FlexPrefill(gamma=0.6, tau=tau, min_budget=16, block_size=16)
+    whole = method.pattern(x)
+    monkeypatch.setattr(patterns, "_LIST_BYTES", 3 * 4 * 14 * 8)
+    monkeypatch.setattr(flexprefill, "_MAP_BYTES", 1)  # the map of one key head's queries at a time
+    pieces = method.pattern(x)
+    assert isinstance(pieces, PiecedPattern)
+    assert torch.equal(pieces.mask(), whole.mask())
+    assert torch.equal(pieces.pairs(), whole.pairs())
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys", "tau"), [(100, 100, 1), (45, 101, 0.2), (96, 96, 0)])
+def test_kernels_select_the_same(inputs, monkeypatch, n_queries, n_keys, tau):
+    x = inputs(n_keys, n_queries=n_queries, heads=2, kv_heads=1, batch=2, sharpness=3.0)
+    method = FlexPrefill(gamma=0.6, tau=tau, min_budget=16, block_size=16)
+    expected = method.pattern(x)
+    monkeypatch.setenv("SPARSELAND_BACKEND", "triton")
+    got = method.pattern(x)
+    assert got.indices.shape[-1] == -(-n_keys // 16)  # a length that needs no look at the data
+    assert torch.equal(got.block_mask(), expected.block_mask())
+    assert torch.equal(got.pairs(), expected.pairs())
 
 
 # ------------------------------------------------------------------- distance

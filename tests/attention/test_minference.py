@@ -9,13 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sparseland import patterns
+from sparseland.attention import _minference_search
 from sparseland.attention._minference_index import LayerIndex, Sizes
 from sparseland.attention._minference_search import Candidate, choose, search_layer, target_for
 from sparseland.attention.minference import HeadShape, MInference, load_patterns, save_patterns
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs, Calibration, method_class, parse_spec
 from sparseland.models.tiny import tiny_model
-from sparseland.patterns import BlockColumnPattern, WindowPattern
+from sparseland.ops.attend import attend
+from sparseland.patterns import BlockColumnPattern, PiecedPattern, WindowPattern
 
 # Whole prompt, odd length, chunks that do and do not start at a block's edge, one query.
 SHAPES = [(384, 384), (301, 301), (128, 320), (77, 333), (1, 270)]
@@ -256,6 +259,71 @@ def test_a_needle_that_only_middle_queries_look_for_is_missed():
     assert not MInference(vertical=32, slash=50).pattern(needle(600)).mask()[0, 0, 600:616, 200].any()
 
 
+# ---------------------------------------------------------------------- faults
+
+
+def outputs(method, x):
+    """The method's attention and dense attention, by the op's definition."""
+    dense = WindowPattern.dense(x.q.shape[2], x.k.shape[2])
+    made = (method.pattern(x), dense)
+    return [attend(x.q, x.k, x.v, pattern, scale=x.scale, backend="reference") for pattern in made]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_key_that_is_no_number_makes_its_heads_dense(inputs, bad):
+    x = inputs(384, sharpness=2.0)
+    x.k[0, 1, 70, 3] = bad
+    pattern = small(slash=50).pattern(x)
+    got, dense = outputs(small(slash=50), x)
+    assert torch.equal(got.isnan(), dense.isnan())
+    assert (pattern.density()[0, 2:] == 1).all()
+    assert torch.equal(
+        pattern.mask()[0, :2], small(slash=50).pattern(inputs(384, sharpness=2.0)).mask()[0, :2]
+    )
+
+
+def test_a_query_that_is_no_number_spoils_its_own_row_only(inputs):
+    x = inputs(384, sharpness=2.0)
+    x.q[0, 1, 100] = math.nan
+    got, dense = outputs(small(), x)
+    assert torch.equal(got.isnan(), dense.isnan())
+    assert got.isnan().any(-1).sum() == 1
+
+
+def test_inputs_may_be_views(inputs):
+    x = inputs(333, n_queries=77, sharpness=2.0)
+    turned = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x.q, x.k, x.v))
+    view = AttentionInputs(*turned, x.scale, 0)
+    assert not view.q.is_contiguous()
+    for calibration in (None, as_calibration(*MIXED)):
+        assert torch.equal(small().pattern(view, calibration).mask(), small().pattern(x, calibration).mask())
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(301, 301), (77, 333)])
+def test_lists_made_in_pieces_are_the_same(inputs, monkeypatch, n_queries, n_keys):
+    x = inputs(n_keys, n_queries=n_queries, batch=2, sharpness=2.0)
+    whole = small().pattern(x, as_calibration(*MIXED))
+    monkeypatch.setattr(patterns, "_LIST_BYTES", 1)
+    pieces = small().pattern(x, as_calibration(*MIXED))
+    assert isinstance(pieces, PiecedPattern)
+    assert torch.equal(pieces.mask(), whole.mask())
+    assert torch.equal(pieces.pairs(), whole.pairs())
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(192, 192), (77, 200)])
+def test_kernels_select_the_same(inputs, monkeypatch, n_queries, n_keys):
+    x = inputs(n_keys, n_queries=n_queries, batch=2, sharpness=2.0)
+    calibration = as_calibration(*MIXED)
+    expected = small().pattern(x, calibration)
+    monkeypatch.setenv("SPARSELAND_BACKEND", "triton")
+    got = small().pattern(x, calibration)
+    # Lengths that need no look at the data: all key blocks, and all columns of the head with most.
+    assert got.blocks.indices.shape[-1] == -(-n_keys // 64)
+    assert got.columns.indices.shape[-1] == 90
+    assert torch.equal(got.mask(), expected.mask())
+    assert torch.equal(got.pairs(), expected.pairs())
+
+
 # --------------------------------------------------------------- offline search
 
 
@@ -327,6 +395,43 @@ def test_candidates_cost_no_more_than_the_a_shape(candidates):
         assert ((pairs <= cost) | at_floor).all()
         # One more block diagonal or column would not fit: the budget is used.
         assert (pairs.double() / cost > 0.7).all(), (candidate.shape, pairs / cost)
+
+
+def test_candidates_can_cost_the_same_time(monkeypatch):
+    # A machine on which a column's pair takes as long as four of a block.
+    def seconds(x, pattern):
+        if isinstance(pattern, BlockColumnPattern):
+            return (pattern.blocks.pairs() + 4 * pattern.columns.pairs()).sum().item()
+        return pattern.pairs().sum().item()
+
+    monkeypatch.setattr(_minference_search, "_seconds", seconds)
+    x = structured_heads()
+    index = LayerIndex(x, ranked=True)
+    found = search_layer(x, 64, 300, "time")
+    by_pairs = search_layer(x, 64, 300)
+
+    def cost(candidate):
+        names, sizes = [candidate.shape] * 4, candidate.sizes.long().T.tolist()
+        heads = [HeadShape(name, *three) for name, three in zip(names, sizes, strict=True)]
+        return seconds(x, index.pattern(Sizes.of(heads, 1024, x.q.device)))
+
+    target = cost(found[0])
+    assert torch.equal(found[0].sizes, by_pairs[0].sizes)
+    for candidate, other in zip(found[1:], by_pairs[1:], strict=True):
+        assert cost(candidate) == pytest.approx(target, rel=0.15), candidate.shape
+        assert abs(cost(candidate) - target) <= abs(cost(other) - target) * 1.01
+
+
+def test_time_is_measured_on_this_device(inputs):
+    x = inputs(512)
+    few, many = (WindowPattern(512, 512, 0, window) for window in (32, 512))
+    assert 0 < _minference_search._seconds(x, few) < 1
+    assert 0 < _minference_search._seconds(x, many) < 1
+    found = search_layer(x, 16, 100, "time")
+    assert [c.shape for c in found] == ["a-shape", *["vertical-slash"] * 5, "block-sparse"]
+    assert MInference(cost="time").calibration_key != MInference().calibration_key
+    with pytest.raises(SparselandError, match="cost=joules"):
+        MInference(cost="joules")
 
 
 def test_errors_are_summed_and_sizes_averaged_over_texts():

@@ -145,6 +145,78 @@ def test_same_input_same_bits(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_probe_sums_are_those_of_tokens_and_of_blocks(case: tuple[int, ...], backend: str) -> None:
+    q, k = inputs(case)
+    tokens, blocks = block_scores.probe_sums(q, k, case[7], case[6], 0.3, backend=backend)
+    want = block_scores.probe_sums(q, k, case[7], case[6], 0.3, backend="reference")
+    assert tokens.shape == (2, case[0], case[1], case[4])
+    assert_close(tokens, want[0])
+    assert_close(blocks, want[1])
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_means_their_map_and_their_distance(case: tuple[int, ...], backend: str) -> None:
+    q, k = inputs(case)
+    means = [block_scores.mean_pool(x, case[6], backend=backend) for x in (q, k)]
+    for got, x in zip(means, (q, k), strict=True):
+        assert_close(got, reference.mean_pool(x, case[6]))
+    sizes = (case[3], case[4], case[6], 0.3)
+    for normalise in (False, True):
+        got = block_scores.pooled_map(*means, *sizes, normalise=normalise, backend=backend)
+        assert_close(got, reference.pooled_map(*means, *sizes, normalise))
+    true = reference.probe_sums(q, k, case[7], case[6], 0.3)[1][0]
+    got = block_scores.probe_distance(q, means[1], true, case[7], 0.3, backend=backend)
+    want = reference.probe_distance(q, means[1], true, case[7], 0.3)
+    # The root of a small difference of large numbers: an error of 1e-7 in it is one of 3e-4.
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_head_that_is_not_active_costs_nothing_and_changes_nothing(backend: str) -> None:
+    q, k = inputs(CASES[1])
+    active = torch.tensor([[True, False, True, False], [False, True, True, True]], device=DEVICE)
+    means = block_scores.mean_pool(q, 32, active=active, backend=backend)
+    assert_close(means[active], reference.mean_pool(q, 32)[active])
+    keys = reference.mean_pool(k, 32)
+    means[~active] = torch.nan
+    got = block_scores.pooled_map(
+        means, keys, 33, 90, 32, 0.3, normalise=True, active=active, backend=backend
+    )
+    want = reference.pooled_map(reference.mean_pool(q, 32), keys, 33, 90, 32, 0.3, True)
+    assert_close(got[active], want[active])
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_large_half_precision_numbers_do_not_overflow(backend: str) -> None:
+    # Products reach 2e9 and sums of 16 numbers 1e6: both above fp16's 65504.
+    q, k = inputs((1, 2, 1, 40, 40, 64, 16, 16))
+    q, k = (q.sign() * 6e3).half(), (k.sign() * 6e4).half()
+    tokens, blocks = block_scores.probe_sums(q, k, 16, 16, 1e-9, backend=backend)
+    want = block_scores.probe_sums(q.float(), k.float(), 16, 16, 1e-9, backend="reference")
+    torch.testing.assert_close(tokens, want[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(blocks, want[1], rtol=1e-3, atol=1e-4)
+    mean = block_scores.mean_pool(k, 16, backend=backend)
+    assert torch.equal(mean, reference.mean_pool(k, 16))
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_shows(bad: float, backend: str) -> None:
+    q, k = inputs(CASES[0])
+    k = k.contiguous()
+    k[0, 0, 30, 3] = bad
+    tokens, blocks = block_scores.probe_sums(q, k, 20, 16, 0.3, backend=backend)
+    assert tokens.isnan().any(-1).all()
+    assert blocks.isnan().any(-1).all()
+    means = block_scores.mean_pool(k, 16, backend=backend)
+    assert not means[0, 0, 1].isfinite().all()
+    assert means[0, 0, [0, 2, 3, 4]].isfinite().all()
+    assert block_scores.probe_distance(q, means, blocks[0], 20, 0.3, backend=backend).isnan().all()
+
+
 def test_opcheck() -> None:
     q, k = inputs(CASES[0])
     ops = torch.ops.sparseland

@@ -1,11 +1,14 @@
 """MInference's offline part: which shape, and which sizes, each head gets (the paper's algorithm 1).
 
-Every candidate is grown or shrunk until it computes as many pairs as the paper's A-shape; then all are run,
-and a head takes the one whose attention output is nearest to dense.
+Every candidate is grown or shrunk until it costs as much as the paper's A-shape; then all are run, and a
+head takes the one whose attention output is nearest to dense. What is equal is the number of computed pairs,
+or the time that this library's ops take for them on the device at hand (the paper's "kernel-aware" cost).
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -18,7 +21,7 @@ from sparseland.attention._minference_index import LayerIndex, Sizes
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs
 from sparseland.ops.attend import attend
-from sparseland.patterns import WindowPattern
+from sparseland.patterns import Pattern, WindowPattern
 
 # The paper's target cost: an A-shape of these sinks and this window, on a text of about 30k tokens.
 TARGET = (1024, 4096)
@@ -27,6 +30,8 @@ TARGET_LENGTH = 30_000
 # here, since all are scaled to the target's cost.
 VERTICAL_SLASH = ((1000, 6096), (30, 2048), (100, 1800), (500, 1500), (3000, 200))
 _STEPS = 16  # halvings of the interval in which a candidate's size is searched
+_MATCHES = 5  # times that a candidate is resized until its time is the target's
+_RUNS = 5  # timings of which the median counts
 
 
 @dataclass
@@ -54,10 +59,11 @@ def target_for(length: int) -> tuple[int, int]:
     return max(1, round(TARGET[0] * factor)), max(1, round(TARGET[1] * factor))
 
 
-def search(model: nn.Module, ids: Int[Tensor, "B N"]) -> list[list[HeadShape]]:
+def search(model: nn.Module, ids: Int[Tensor, "B N"], cost: str = "pairs") -> list[list[HeadShape]]:
     """The best shape per layer and query head on ``ids``, with sizes as for 30k tokens.
 
-    Row by row; errors and sizes are averaged.
+    Row by row; errors and sizes are averaged. ``cost``, ``pairs`` or ``time``, is what candidates have in
+    common.
     """
     # transformers stays unloaded until a model is really searched.
     from sparseland.models.capture import capture_qkv
@@ -70,7 +76,7 @@ def search(model: nn.Module, ids: Int[Tensor, "B N"]) -> list[list[HeadShape]]:
     sinks, window = target_for(ids.shape[1])
     for row in ids:
         for x in capture_qkv(model, row[None]):
-            found.setdefault(x.layer, []).append(search_layer(x, sinks, window))
+            found.setdefault(x.layer, []).append(search_layer(x, sinks, window, cost))
     if not found:
         raise SparselandError(f"minference: {type(model).__name__} has no attention layer to search")
     grow = max(1.0, TARGET_LENGTH / ids.shape[1])
@@ -80,7 +86,7 @@ def search(model: nn.Module, ids: Int[Tensor, "B N"]) -> list[list[HeadShape]]:
 
 
 @torch.no_grad()
-def search_layer(x: AttentionInputs, sinks: int, window: int) -> list[Candidate]:
+def search_layer(x: AttentionInputs, sinks: int, window: int, cost: str = "pairs") -> list[Candidate]:
     """All candidates of one layer, at the cost of an A-shape with these sinks and this window."""
     index = LayerIndex(x, ranked=True)
     n, heads, device = index.n_keys, index.heads, x.q.device
@@ -92,15 +98,54 @@ def search_layer(x: AttentionInputs, sinks: int, window: int) -> list[Candidate]
         return Candidate(shape, torch.stack([sizes.vertical, sizes.slash, sizes.blocks]).double(), error)
 
     target = Sizes.of([HeadShape("a-shape", sinks, window)] * heads, n, device)
-    cost = index.pairs(target).double().mean(0)
+    pairs = index.pairs(target).double().mean(0)
+    seconds = _seconds(x, index.pattern(target)) if cost == "time" else None
+
+    def matched(family: Callable[[Tensor], Sizes], most: float) -> Sizes:
+        sizes = _largest(index, pairs, family, most)
+        return sizes if seconds is None else _match_time(index, pairs, family, most, sizes, seconds)
+
     # The A-shape comes first and wins ties: it needs no probe.
     found = [candidate("a-shape", target)]
     for v, s in VERTICAL_SLASH:
-        sizes = _largest(index, cost, _proportion(v, s, index), n / max(v, s))
+        sizes = matched(_proportion(v, s, index), n / max(v, s))
         found.append(candidate("vertical-slash", sizes))
-    sizes = _largest(index, cost, _top_blocks(index), float(index.columns))
-    found.append(candidate("block-sparse", sizes))
+    found.append(candidate("block-sparse", matched(_top_blocks(index), float(index.columns))))
     return found
+
+
+def _match_time(
+    index: LayerIndex,
+    pairs: Float[Tensor, " H"],
+    family: Callable[[Tensor], Sizes],
+    most: float,
+    sizes: Sizes,
+    seconds: float,
+) -> Sizes:
+    """The family's member whose computation takes ``seconds`` for all heads of the layer together.
+
+    Time per pair is a matter of the kind of pattern, not of the head, so heads keep equal pairs and the
+    pairs are scaled until the time fits.
+    """
+    share = 1.0
+    for _ in range(_MATCHES):
+        share *= min(4.0, max(0.25, seconds / _seconds(index.x, index.pattern(sizes))))
+        sizes = _largest(index, pairs * share, family, most)
+    return sizes
+
+
+def _seconds(x: AttentionInputs, pattern: Pattern) -> float:
+    """How long the computation of a pattern takes on the device at hand: the median of a few runs, warm."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        attend(x.q, x.k, x.v, pattern, scale=x.scale)
+        if x.q.is_cuda:
+            torch.cuda.synchronize(x.q.device)
+        return time.perf_counter() - start
+
+    run()
+    return statistics.median(run() for _ in range(_RUNS))
 
 
 def _proportion(vertical: int, slash: int, index: LayerIndex) -> Callable[[Tensor], Sizes]:

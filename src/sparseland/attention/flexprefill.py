@@ -186,7 +186,8 @@ class QueryAware:
             weights = self._map(some) if self.map is None else self.map
             # In a head with a NaN, or that never reaches the mass, the threshold is 0: all blocks.
             thresholds.append(covering(weights.flatten(-2), mass, trusted[:, some])[0])
-        self.threshold = torch.cat(thresholds, 1)
+        # Weights that are computed again may round otherwise: the block that crosses must not be lost.
+        self.threshold = torch.cat(thresholds, 1) * (1.0 if self.map is not None else 1 - 1e-6)
 
     def _map(self, heads: slice) -> Float[Tensor, "B h Mq Mk"]:
         own = slice(heads.start // self.x.group, cdiv(heads.stop, self.x.group))

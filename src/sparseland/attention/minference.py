@@ -61,8 +61,10 @@ class MInference(PrefillMethod):
             "the search's error is that of the attention output, as in the paper; the released code scores "
             "attention recall and then rewrites A-shape and block-sparse heads to vertical-slash, which is "
             "not done here",
-            "a candidate's cost is its number of computed pairs, matched by bisection instead of steps of 50 "
-            "tokens; the uncalibrated proportion of columns to diagonals is one more candidate",
+            "a candidate's cost is its number of computed pairs (cost=pairs, the same on every machine), or "
+            "the time that our kernels take for it on this device, matched per layer with all heads at once "
+            "(cost=time); sizes are found by bisection instead of steps of 50 tokens; the uncalibrated "
+            "proportion of columns to diagonals is one more candidate",
             "texts shorter than the paper's 30k tokens are searched with a proportionally smaller budget, "
             "and sizes are scaled up again; they also scale with vertical + slash: one search serves all",
             "diagonals are covered by 64x64 blocks on the keys' grid (the authors' kernel shifts its "
@@ -71,6 +73,8 @@ class MInference(PrefillMethod):
             "the 100 forced ones may be dropped, offset 0 among them",
             "block-sparse heads always compute the diagonal's blocks, and the last block's mean covers its "
             "valid tokens only",
+            "a head whose probe is not finite (NaN or infinity in its queries or keys) takes all diagonals: "
+            "it is dense",
         ),
         limits=(
             "a key that only queries before the last 64 look for is not found",
@@ -83,6 +87,7 @@ class MInference(PrefillMethod):
 
     vertical: int = param(DEFAULT_VERTICAL, "key columns of a head, in tokens (at least 30 are taken)", ge=1)
     slash: int = param(DEFAULT_SLASH, "diagonals of a head, in tokens (at least 50 are taken)", ge=1)
+    cost: str = param("pairs", "what the search's candidates have in common", choices=("pairs", "time"))
     patterns: str = param("", "JSON file of per-head patterns, used as they are instead of a search")
 
     def __post_init__(self) -> None:
@@ -109,7 +114,7 @@ class MInference(PrefillMethod):
     @property
     def calibration_key(self) -> str:
         """The search does not depend on the budget: sizes are scaled to it afterwards."""
-        return self.card.slug if not self.patterns else self.spec
+        return f"{self.card.slug}:cost={self.cost}" if not self.patterns else self.spec
 
     @property
     def learns_from_text(self) -> bool:
@@ -120,12 +125,13 @@ class MInference(PrefillMethod):
 
         ``meta["heads"]`` is a list over layers of lists over query heads of ``{"shape": "a-shape" |
         "vertical-slash", "vertical": tokens, "slash": tokens}`` or ``{"shape": "block-sparse",
-        "blocks": n}``, at the paper's budget for 30k tokens; ``meta["length"]`` is the text's length.
+        "blocks": n}``, at the paper's budget for 30k tokens; ``meta["length"]`` is the text's length,
+        ``meta["cost"]`` what the candidates had in common.
         """
         if self.patterns:
             return Calibration()
-        heads = [[head.as_dict() for head in row] for row in search(model, ids)]
-        return Calibration({"length": ids.shape[-1], "heads": heads})
+        heads = [[head.as_dict() for head in row] for row in search(model, ids, self.cost)]
+        return Calibration({"length": ids.shape[-1], "cost": self.cost, "heads": heads})
 
     @torch.no_grad()
     def pattern(self, x: AttentionInputs, calibration: Calibration | None = None) -> Pattern:
