@@ -12,7 +12,6 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -98,10 +97,13 @@ def choose(
     raise SparselandError(f"{op}: no backend can run this input ({'; '.join(reasons)})")
 
 
-@cache
+# Looked up once, here: torch.compile can't trace the look-up. Nothing is imported.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
 def has_triton() -> bool:
-    """Whether Triton is installed (without importing it)."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is installed."""
+    return _HAS_TRITON
 
 
 def interpreting() -> bool:

@@ -31,6 +31,7 @@ BLOCK = 128
 _LOG2E = 1.4426950408889634
 # Key and value blocks in flight, by head dimension: what fits beside the queries into shared memory.
 STAGES = {64: 6, 128: 3}
+NOTES = gl.constexpr(5)  # numbers that the loading warp leaves for each query block
 
 
 @gluon.jit
@@ -43,26 +44,55 @@ def _place(ticket, H, G, Mq):
 
 
 @gluon.jit
-def _draw(counter, tickets, ready, empty, turn):
-    """The loading warp takes the next ticket and leaves it for the computing warpgroups."""
+def _note(notes, slot, place: gl.constexpr, value):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    slot = turn % 2
-    mbarrier.wait(empty.index(slot), ((turn // 2) & 1) ^ 1)
-    ticket = gl.atomic_add(counter, 1, sem="relaxed")
-    tickets.index(slot).store(gl.full([1], ticket, gl.int32, layout=LAYOUT))
-    mbarrier.arrive(ready.index(slot), count=1)
-    return ticket
+    notes.index(slot * NOTES + place).store(gl.full([1], value, gl.int32, layout=LAYOUT))
 
 
 @gluon.jit
-def _receive(tickets, ready, empty, turn):
-    """What the loading warp drew for this turn."""
+def _read(notes, slot, place: gl.constexpr):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(notes.index(slot * NOTES + place).load(LAYOUT), 0)
+
+
+@gluon.jit
+def _list(lists, sizes, i_b, i_h, i_m):
+    """Where the list of a query block begins."""
+    stride_ib, stride_ih, stride_im = sizes[8], sizes[9], sizes[10]
+    start = i_b.to(gl.int64) * stride_ib + i_h.to(gl.int64) * stride_ih + i_m.to(gl.int64) * stride_im
+    return lists[2] + start
+
+
+@gluon.jit
+def _draw(lists, sizes, notes, ready, empty, turn):
+    """The loading warp takes the next ticket and leaves what is to know of it to the computing warpgroups.
+
+    It runs ahead of them, so that they wait for no list: all they need is a few numbers in shared memory.
+    """
+    n_rows, H, G, Nq, Nk, Mq, stride_cb, stride_ch, stride_ib, stride_ih, stride_im = sizes
     slot = turn % 2
-    mbarrier.wait(ready.index(slot), (turn // 2) & 1)
-    ticket = gl.max(tickets.index(slot).load(LAYOUT), 0)
-    mbarrier.arrive(empty.index(slot), count=1)
-    return ticket
+    mbarrier.wait(empty.index(slot), ((turn // 2) & 1) ^ 1)
+    ticket = gl.atomic_add(lists[0], 1, sem="relaxed")
+    count = 0
+    if ticket < n_rows:
+        i_b, i_h, _i_hk, i_m = _place(ticket, H, G, Mq)
+        count = gl.load(lists[1] + i_b * stride_cb + i_h * stride_ch + i_m)
+        at = _list(lists, sizes, i_b, i_h, i_m)
+        visible = (i_m * 128 + Nk - Nq + 1) // 128
+        # Blocks that end at or before the first query need no causal test: those after them end the list.
+        last = gl.load(at + count - 1, mask=count > 0, other=-1)
+        before = gl.load(at + count - 2, mask=count > 1, other=-1)
+        masked = (last >= visible).to(gl.int32) + (before >= visible).to(gl.int32)
+        if masked == 2:
+            while gl.load(at + count - 1 - masked, mask=masked < count, other=-1) >= visible:
+                masked += 1
+        _note(notes, slot, 2, masked)
+        _note(notes, slot, 3, last)
+        _note(notes, slot, 4, before)
+    _note(notes, slot, 0, ticket)
+    _note(notes, slot, 1, count)
+    mbarrier.arrive(ready.index(slot), count=1)
+    return ticket, count
 
 
 @gluon.jit
@@ -72,26 +102,17 @@ def _load(
 ):  # fmt: skip
     """The loading warp: queries of each row, then its keys and values, last listed block first."""
     q_desc, k_desc, v_desc = inputs
-    q_smem, k_smem, v_smem, tickets = buffers
-    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, ticket_ready, ticket_empty = barriers
-    counter, counts, indices = lists
+    q_smem, k_smem, v_smem, notes = buffers
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, note_ready, note_empty = barriers
     n_rows, H, G, Nq, Nk, Mq, stride_cb, stride_ch, stride_ib, stride_ih, stride_im = sizes
     BYTES: gl.constexpr = 128 * D * 2
     turn = 0
     step = 0
-    ticket = _draw(counter, tickets, ticket_ready, ticket_empty, turn)
+    queries = 0  # query blocks loaded so far: rows that list nothing need none
+    ticket, count = _draw(lists, sizes, notes, note_ready, note_empty, turn)
     while ticket < n_rows:
         i_b, i_h, i_hk, i_m = _place(ticket, H, G, Mq)
-        count = gl.load(counts + i_b * stride_cb + i_h * stride_ch + i_m)
-        at = (
-            indices
-            + i_b.to(gl.int64) * stride_ib
-            + i_h.to(gl.int64) * stride_ih
-            + i_m.to(gl.int64) * stride_im
-        )
-        mbarrier.wait(q_empty, (turn & 1) ^ 1)
-        mbarrier.expect(q_ready, BYTES)
-        tma.async_copy_global_to_shared(q_desc, [i_b, i_h, i_m * 128, 0], q_ready, q_smem)
+        at = _list(lists, sizes, i_b, i_h, i_m)
         block = gl.load(at + count - 1, mask=count > 0, other=0)
         for i in range(0, count):
             following = gl.load(at + count - 2 - i, mask=i + 1 < count, other=0)
@@ -102,6 +123,12 @@ def _load(
             tma.async_copy_global_to_shared(
                 k_desc, [i_b, i_hk, block * 128, 0], k_ready.index(stage), k_smem.index(stage)
             )
+            if i == 0:
+                # After the first keys: their place is free long before that of the queries.
+                mbarrier.wait(q_empty, (queries & 1) ^ 1)
+                mbarrier.expect(q_ready, BYTES)
+                tma.async_copy_global_to_shared(q_desc, [i_b, i_h, i_m * 128, 0], q_ready, q_smem)
+                queries += 1
             mbarrier.wait(v_empty.index(stage), phase ^ 1)
             mbarrier.expect(v_ready.index(stage), BYTES)
             tma.async_copy_global_to_shared(
@@ -110,7 +137,7 @@ def _load(
             block = following
             step += 1
         turn += 1
-        ticket = _draw(counter, tickets, ticket_ready, ticket_empty, turn)
+        ticket, count = _draw(lists, sizes, notes, note_ready, note_empty, turn)
 
 
 @gluon.jit
@@ -136,37 +163,34 @@ def _compute(
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
 
     q_desc, k_desc, v_desc = inputs
-    q_smem, k_smem, v_smem, tickets = buffers
-    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, ticket_ready, ticket_empty = barriers
-    counter, counts, indices = lists
+    q_smem, k_smem, v_smem, notes = buffers
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, note_ready, note_empty = barriers
     n_rows, H, G, Nq, Nk, Mq, stride_cb, stride_ch, stride_ib, stride_ih, stride_im = sizes
     out, lse = outputs
     q_rows = q_smem.reshape([128, D]).slice(WARPGROUP * 64, 64, dim=0)
     turn = 0
     step = 0
-    ticket = _receive(tickets, ticket_ready, ticket_empty, turn)
+    queries = 0
+    mbarrier.wait(note_ready.index(0), 0)
+    ticket = _read(notes, 0, 0)
     while ticket < n_rows:
-        i_b, i_h, i_hk, i_m = _place(ticket, H, G, Mq)
-        count = gl.load(counts + i_b * stride_cb + i_h * stride_ch + i_m)
-        at = (
-            indices
-            + i_b.to(gl.int64) * stride_ib
-            + i_h.to(gl.int64) * stride_ih
-            + i_m.to(gl.int64) * stride_im
-        )
-        # Blocks that end at or before the first query need no causal test: those after them end the list.
-        visible = (i_m * 128 + Nk - Nq + 1) // 128
-        masked = 0
-        while gl.load(at + count - 1 - masked, mask=masked < count, other=-1) >= visible:
-            masked += 1
+        slot = turn % 2
+        count = _read(notes, slot, 1)
+        masked = _read(notes, slot, 2)
+        last = _read(notes, slot, 3)
+        before = _read(notes, slot, 4)
+        mbarrier.arrive(note_empty.index(slot), count=1)
+        i_b, i_h, _i_hk, i_m = _place(ticket, H, G, Mq)
+        at = _list(lists, sizes, i_b, i_h, i_m)
         m0 = i_m * 128 + WARPGROUP * 64
         position = m0 + Nk - Nq + gl.arange(0, 64, layout=S_ROWS)
 
         b_m = gl.full([64], float("-inf"), gl.float32, layout=S_ROWS)
         b_l = gl.zeros([64], gl.float32, layout=S_ROWS)
         o = gl.zeros([64, D], gl.float32, layout=O_LAYOUT)
-        mbarrier.wait(q_ready, turn & 1)
         if count > 0:
+            mbarrier.wait(q_ready, queries & 1)
+            queries += 1
             zero = gl.zeros([64, 128], gl.float32, layout=S_LAYOUT)
             stage = step % STAGES
             mbarrier.wait(k_ready.index(stage), (step // STAGES) & 1)
@@ -180,7 +204,7 @@ def _compute(
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(k_empty.index(stage), count=1)
             if masked > 0:
-                s = _hide_future(s, position, gl.load(at + count - 1), S_LAYOUT)
+                s = _hide_future(s, position, last, S_LAYOUT)
             b_m = gl.max(s, 1) * scale_log2
             shift = gl.where(b_m == float("-inf"), 0.0, b_m)
             s = gl.exp2(s * scale_log2 - shift[:, None])
@@ -201,7 +225,10 @@ def _compute(
                 s = warpgroup_mma_wait(1, deps=(s,))
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 if i < masked:
-                    s = _hide_future(s, position, gl.load(at + count - 1 - i), S_LAYOUT)
+                    block = before
+                    if i > 1:  # only where blocks wholly in the future are listed
+                        block = gl.load(at + count - 1 - i)
+                    s = _hide_future(s, position, block, S_LAYOUT)
                 b_max = gl.maximum(b_m, gl.max(s, 1) * scale_log2)
                 shift = gl.where(b_max == float("-inf"), 0.0, b_max)
                 alpha = gl.exp2(b_m - shift)
@@ -219,8 +246,6 @@ def _compute(
             o, p = warpgroup_mma_wait(0, deps=(o, p))
             mbarrier.arrive(v_empty.index(v_stage), count=1)
             step += 1
-        else:
-            mbarrier.arrive(q_empty, count=1)
 
         seen = b_l > 0
         b_l = gl.where(seen, b_l, 1.0)
@@ -235,7 +260,8 @@ def _compute(
             i_row = m0 + gl.arange(0, 64, layout=S_ROWS)
             gl.store(lse + base + i_row.to(gl.int64), b_lse, mask=i_row < Nq)
         turn += 1
-        ticket = _receive(tickets, ticket_ready, ticket_empty, turn)
+        mbarrier.wait(note_ready.index(turn % 2), (turn // 2) & 1)
+        ticket = _read(notes, turn % 2, 0)
 
 
 @gluon.jit(do_not_specialize=["n_rows", "H", "G", "Nq", "Nk", "Mq", "stride_cb", "stride_ch"])
@@ -247,9 +273,9 @@ def _kernel(
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [1, 1, 128, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 128, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, 128, D], v_desc.layout)
-    tickets = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    ticket_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    ticket_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    notes = gl.allocate_shared_memory(gl.int32, [2 * NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    note_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    note_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -257,8 +283,8 @@ def _kernel(
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
-        mbarrier.init(ticket_ready.index(i), count=1)
-        mbarrier.init(ticket_empty.index(i), count=2)
+        mbarrier.init(note_ready.index(i), count=1)
+        mbarrier.init(note_empty.index(i), count=2)
     mbarrier.init(q_ready, count=1)
     mbarrier.init(q_empty, count=2)
     for i in gl.static_range(STAGES):
@@ -268,8 +294,8 @@ def _kernel(
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
 
-    buffers = (q_smem, k_smem, v_smem, tickets)
-    barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, ticket_ready, ticket_empty)
+    buffers = (q_smem, k_smem, v_smem, notes)
+    barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, note_ready, note_empty)
     lists = (counter, counts, indices)
     sizes = (n_rows, H, G, Nq, Nk, Mq, stride_cb, stride_ch, stride_ib, stride_ih, stride_im)
     inputs, outputs = (q_desc, k_desc, v_desc), (out, lse)

@@ -1,11 +1,12 @@
-"""Radix selection in Triton: the bits of the value where a row's set ends, eight at a time.
+"""The value where a row's set ends, narrowed down pass by pass in Triton; no pass waits for the host.
 
-Each level counts, per row, the keys that share the bits found so far by their next eight (and adds their
-values up, in fixed point: integers add to the same sum in any order, so every run gives the same result).
-The next kernel reads the histograms before it and goes on from there; no level waits for the host.
+By number: radix selection. Each level counts, per row, the keys that share the bits found so far by their
+next eight. A tile's 256-bin histogram is a product of two one-hot matrices, 16 upper by 16 lower digits: far
+fewer comparisons than one per bin, and no atomics inside a tile.
 
-A tile's 256-bin histogram is a product of two one-hot matrices, 16 upper by 16 lower digits: far fewer
-comparisons than one per bin, and no atomics inside a tile.
+By sum: each pass adds up what lies at or above 16 thresholds inside the interval of bit patterns that is
+left, which shrinks it 17-fold; eight passes leave one pattern. Sums of programs are added in fixed point:
+integers add to the same sum in any order, so every run gives the same result.
 """
 
 from __future__ import annotations
@@ -37,75 +38,46 @@ def _keys(b_x, i_x, forced):
 
 
 @triton.jit
-def _state(hist, goal, i_row, n_rows, LEVELS: tl.constexpr, WEIGHTED: tl.constexpr):
+def _state(hist, wanted, i_row, n_rows, LEVELS: tl.constexpr):
     """What the first LEVELS levels say of a row.
 
-    Returns the leading bits of the key with which the goal is exceeded, the sum and the number of the values
-    above those bits, and whether the goal is never exceeded.
+    Returns the leading bits of the key of the last wanted value, the number of values above those bits, and
+    whether there are fewer values than wanted.
     """
     i_bin = tl.arange(0, 256)
     prefix = tl.zeros([], tl.int32)
-    above = tl.zeros([], tl.int64)
     larger = tl.zeros([], tl.int64)
     never = tl.zeros([], tl.int32)
     for level in tl.static_range(LEVELS):
-        p = hist + (level * n_rows + i_row).to(tl.int64) * 512
-        b_count = tl.load(p + i_bin)
-        if WEIGHTED:
-            b_sum = tl.load(p + 256 + i_bin)
-        else:
-            b_sum = b_count
-        if WEIGHTED and level == 0:
-            # The topmost bin holds what is not finite.
-            never = tl.maximum(never, (tl.sum(tl.where(i_bin == 255, b_count, 0), 0) > 0).to(tl.int32))
-        b_reached = tl.cumsum(b_sum, 0, reverse=True) + above
-        digit = tl.sum((b_reached > goal).to(tl.int32), 0) - 1
+        b_count = tl.load(hist + (level * n_rows + i_row).to(tl.int64) * 256 + i_bin)
+        b_reached = tl.cumsum(b_count, 0, reverse=True) + larger
+        digit = tl.sum((b_reached >= wanted).to(tl.int32), 0) - 1
         never = tl.maximum(never, (digit < 0).to(tl.int32))
-        above += tl.sum(tl.where(i_bin > digit, b_sum, 0), 0)
         larger += tl.sum(tl.where(i_bin > digit, b_count, 0), 0)
         if level == 0:
             prefix = digit - 128  # keys are signed
         else:
             prefix = prefix * 256 + digit
-    return prefix, above, larger, never
-
-
-@triton.jit
-def _goal(count, goal, i_row, WEIGHTED: tl.constexpr):
-    if WEIGHTED:
-        found = goal.to(tl.int64)
-    else:
-        found = tl.load(count + i_row).to(tl.int64) - 1  # the n-th largest is the first to exceed n - 1
-    return found
+    return prefix, larger, never
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def _count_digits(
-    x, count, goal, active, hist, n, n_rows, forced, per_program,
-    LEVEL: tl.constexpr, WEIGHTED: tl.constexpr, HAS_ACTIVE: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
+def _count_digits(x, count, hist, n, n_rows, forced, per_program, LEVEL: tl.constexpr, BN: tl.constexpr):
     i_row = tl.program_id(1)
-    if HAS_ACTIVE:  # noqa: SIM102  a pointer that is None can't be read, not even by `and`
-        if tl.load(active + i_row) == 0:
-            return
-    b_goal = _goal(count, goal, i_row, WEIGHTED)
-    prefix, _above, _larger, never = _state(hist, b_goal, i_row, n_rows, LEVEL, WEIGHTED)
+    wanted = tl.load(count + i_row).to(tl.int64)
+    prefix, _larger, never = _state(hist, wanted, i_row, n_rows, LEVEL)
     if never != 0:
         return
     x += i_row.to(tl.int64) * n
     begin = tl.program_id(0) * per_program
     i_digit = tl.arange(0, 16)
     b_count = tl.zeros([16, 16], tl.float32)
-    b_sum = tl.zeros([16, 16], tl.float32)
     for start in range(begin, tl.minimum(begin + per_program, n), BN):
         i_x = start + tl.arange(0, BN)
         b_in = i_x < n
-        b_x = tl.load(x + i_x, mask=b_in, other=0.0)
-        key = _keys(b_x, i_x, forced)
+        key = _keys(tl.load(x + i_x, mask=b_in, other=0.0), i_x, forced)
         if LEVEL > 0:
             b_in = b_in & ((key >> (32 - 8 * LEVEL)) == prefix)
-        if WEIGHTED:
-            b_in = b_in & (b_x != 0.0)
         if tl.max(b_in.to(tl.int32), 0) > 0:
             if LEVEL == 0:
                 digit = (key >> 24) + 128
@@ -114,22 +86,91 @@ def _count_digits(
             b_upper = (i_digit[:, None] == (digit >> 4)[None, :]) & b_in[None, :]
             b_lower = (digit & 15)[:, None] == i_digit[None, :]
             b_count = tl.dot(b_upper.to(tl.float16), b_lower.to(tl.float16), b_count)
-            if WEIGHTED:
-                b_w = tl.where(b_x < 1e37, b_x, 0.0)  # false for NaN too
-                b_sum = tl.dot(
-                    b_upper.to(tl.float32), tl.where(b_lower, b_w[:, None], 0.0), b_sum,
-                    input_precision="tf32x3",
-                )  # fmt: skip
-    p = hist + (LEVEL * n_rows + i_row).to(tl.int64) * 512 + tl.arange(0, 256)
+    p = hist + (LEVEL * n_rows + i_row).to(tl.int64) * 256 + tl.arange(0, 256)
     b_found = tl.reshape(b_count, [256]).to(tl.int64)
     tl.atomic_add(p, b_found, mask=b_found > 0, sem="relaxed")
-    if WEIGHTED:
-        b_fixed = (tl.reshape(b_sum, [256]).to(tl.float64) * _UNIT).to(tl.int64)
-        tl.atomic_add(p + 256, b_fixed, mask=b_found > 0, sem="relaxed")
+
+
+@triton.jit
+def _interval(sums, goal, i_row, n_rows, PASSES: tl.constexpr):
+    """Bit patterns after so many passes: the goal is exceeded at ``low``, not yet at ``high``."""
+    i_t = tl.arange(0, 16)
+    low, high = tl.full([], 1, tl.int64), tl.full([], 0x7F800000, tl.int64)
+    for i in tl.static_range(PASSES):
+        b_sum = tl.load(sums + (i * n_rows + i_row).to(tl.int64) * 16 + i_t)
+        reached = tl.sum((b_sum > goal).to(tl.int64), 0)
+        width = high - low
+        high = tl.where(reached == 16, high, low + width * (reached + 1) // 17)
+        low = tl.where(reached == 0, low, low + width * reached // 17)
+    return low, high
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def _cross(goal, active, hist, value, taken, n, n_rows, HAS_ACTIVE: tl.constexpr):
+def _sum_above(
+    x, active, sums, goal, n, n_rows, per_program,
+    PASS: tl.constexpr, HAS_ACTIVE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Sums of what lies at or above 16 thresholds inside the interval that is left."""
+    i_row = tl.program_id(1)
+    if HAS_ACTIVE:  # noqa: SIM102  a pointer that is None can't be read, not even by `and`
+        if tl.load(active + i_row) == 0:
+            return
+    i_t = tl.arange(0, 16)
+    low, high = _interval(sums, goal, i_row, n_rows, PASS)
+    limit = (low + (high - low) * (i_t + 1) // 17).to(tl.int32)
+    x += i_row.to(tl.int64) * n
+    begin = tl.program_id(0) * per_program
+    b_sum = tl.zeros([16], tl.float32)
+    for start in range(begin, tl.minimum(begin + per_program, n), BN):
+        i_x = start + tl.arange(0, BN)
+        b_x = tl.load(x + i_x, mask=i_x < n, other=0.0)
+        b_x = tl.where((b_x > 0.0) & (b_x < 1e37), b_x, 0.0)  # false for NaN too
+        if tl.max(b_x, 0) > 0.0:
+            b_in = b_x.to(tl.int32, bitcast=True)[:, None] >= limit[None, :]
+            b_sum += tl.sum(tl.where(b_in, b_x[:, None], 0.0), 0)
+    b_fixed = (b_sum.to(tl.float64) * _UNIT).to(tl.int64)
+    p = sums + (PASS * n_rows + i_row).to(tl.int64) * 16 + i_t
+    tl.atomic_add(p, b_fixed, mask=b_fixed > 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _around(
+    x, active, sums, found, goal, n, n_rows, per_program, HAS_ACTIVE: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """Per row: sum and number above the last value, its ties, the whole sum, what is not finite."""
+    i_row = tl.program_id(1)
+    if HAS_ACTIVE:  # noqa: SIM102  a pointer that is None can't be read, not even by `and`
+        if tl.load(active + i_row) == 0:
+            return
+    low, _high = _interval(sums, goal, i_row, n_rows, 8)
+    x += i_row.to(tl.int64) * n
+    begin = tl.program_id(0) * per_program
+    b_above = tl.zeros([BN], tl.float32)
+    b_all = tl.zeros([BN], tl.float32)
+    b_larger = tl.zeros([BN], tl.int32)
+    b_ties = tl.zeros([BN], tl.int32)
+    b_odd = tl.zeros([BN], tl.int32)
+    for start in range(begin, tl.minimum(begin + per_program, n), BN):
+        i_x = start + tl.arange(0, BN)
+        b_x = tl.load(x + i_x, mask=i_x < n, other=0.0)
+        b_finite = b_x < 1e37
+        b_odd += (b_finite == 0).to(tl.int32)
+        b_x = tl.where((b_x > 0.0) & b_finite, b_x, 0.0)
+        key = b_x.to(tl.int32, bitcast=True)
+        b_above += tl.where(key > low, b_x, 0.0)
+        b_all += b_x
+        b_larger += (key > low).to(tl.int32)
+        b_ties += (key == low).to(tl.int32)
+    p = found + i_row.to(tl.int64) * 5
+    tl.atomic_add(p, (tl.sum(b_above, 0).to(tl.float64) * _UNIT).to(tl.int64), sem="relaxed")
+    tl.atomic_add(p + 1, tl.sum(b_larger, 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(p + 2, tl.sum(b_ties, 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(p + 3, (tl.sum(b_all, 0).to(tl.float64) * _UNIT).to(tl.int64), sem="relaxed")
+    tl.atomic_add(p + 4, tl.sum(b_odd, 0).to(tl.int64), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _cross(goal, active, sums, found, value, taken, n, n_rows, HAS_ACTIVE: tl.constexpr):
     """The value that the bits spell, and how many of its ties are needed."""
     i_row = tl.program_id(0)
     if HAS_ACTIVE:  # noqa: SIM102  a pointer that is None can't be read, not even by `and`
@@ -137,24 +178,24 @@ def _cross(goal, active, hist, value, taken, n, n_rows, HAS_ACTIVE: tl.constexpr
             tl.store(value + i_row, 0.0)
             tl.store(taken + i_row, tl.zeros([], tl.int64))
             return
-    b_goal = _goal(hist, goal, i_row, True)
-    key, above, larger, never = _state(hist, b_goal, i_row, n_rows, 4, True)
-    p = hist + (3 * n_rows + i_row).to(tl.int64) * 512 + (key & 255)
-    ties = tl.load(p)
-    each = tl.load(p + 256).to(tl.float64) / tl.maximum(ties, 1).to(tl.float64)
-    needed = ((b_goal - above).to(tl.float64) / tl.where(each > 0.0, each, 1.0)).to(tl.int64) + 1
+    low, _high = _interval(sums, goal, i_row, n_rows, 8)
+    p = found + i_row.to(tl.int64) * 5
+    above, larger, ties = tl.load(p), tl.load(p + 1), tl.load(p + 2)
+    never = (tl.load(p + 3) <= goal) | (tl.load(p + 4) > 0)
+    last = low.to(tl.int32).to(tl.float32, bitcast=True)
+    each = last.to(tl.float64) * _UNIT
+    needed = ((goal - above).to(tl.float64) / each).to(tl.int64) + 1
     needed = tl.maximum(tl.minimum(needed, ties), 1)
-    bits = key ^ ((key >> 31) & 0x7FFFFFFF)
-    tl.store(value + i_row, tl.where(never != 0, 0.0, bits.to(tl.float32, bitcast=True)))
-    tl.store(taken + i_row, tl.where(never != 0, tl.zeros([], tl.int64) + n + 1, larger + needed))
+    tl.store(value + i_row, tl.where(never, 0.0, last))
+    tl.store(taken + i_row, tl.where(never, tl.zeros([], tl.int64) + n + 1, larger + needed))
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _mark_long(x, count, hist, out, n, n_rows, forced, BN: tl.constexpr):
     i_row = tl.program_id(0)
-    b_goal = _goal(count, 0, i_row, False)
-    last, _above, larger, never = _state(hist, b_goal, i_row, n_rows, 4, False)
-    left = (b_goal + 1 - larger).to(tl.int32)  # ties of the last key that are taken
+    wanted = tl.load(count + i_row).to(tl.int64)
+    last, larger, never = _state(hist, wanted, i_row, n_rows, 4)
+    left = (wanted - larger).to(tl.int32)  # ties of the last key that are taken
     x += i_row.to(tl.int64) * n
     out += i_row.to(tl.int64) * n
     for start in range(0, n, BN):
@@ -212,7 +253,10 @@ def top_mask(
         BN = triton.next_power_of_2(n)
         _mark_short[(n_rows,)](x, count, out, n, forced, BN=BN, num_warps=_warps(BN))
         return out.view(torch.bool)
-    hist = _histograms(x, n, n_rows, count=count, forced=forced)
+    hist = torch.zeros(4, n_rows, 256, dtype=torch.int64, device=x.device)
+    grid = (triton.cdiv(n, _PER_PROGRAM), n_rows)
+    for level in range(4):
+        _count_digits[grid](x, count, hist, n, n_rows, forced, _PER_PROGRAM, LEVEL=level, BN=512, num_warps=8)
     _mark_long[(n_rows,)](x, count, hist, out, n, n_rows, forced, BN=8192, num_warps=16)
     return out.view(torch.bool)
 
@@ -220,45 +264,28 @@ def top_mask(
 def covering(
     weights: Float[Tensor, "*batch n"], mass: float, active: Bool[Tensor, "*batch"] | None
 ) -> tuple[Float[Tensor, "*batch"], Int[Tensor, "*batch"]]:
-    """Histograms over many programs, whatever the length."""
+    """Many programs a row, whatever the length."""
     n, rows = weights.shape[-1], weights.shape[:-1]
     x = weights.contiguous()
     value = torch.empty(rows, dtype=torch.float32, device=x.device)
     taken = torch.empty(rows, dtype=torch.int64, device=x.device)
-    if value.numel() == 0:
+    n_rows = value.numel()
+    if n_rows == 0:
         return value, taken
     if n == 0:
         return value.zero_(), taken.fill_(1)
     if active is not None:
         active = active.contiguous().view(torch.int8)
     goal = int(mass * _UNIT.value)
-    hist = _histograms(x, n, value.numel(), goal=goal, active=active)
-    _cross[(value.numel(),)](
-        goal, active, hist, value, taken, n, value.numel(), HAS_ACTIVE=active is not None, num_warps=4
-    )
-    return value, taken
-
-
-def _histograms(
-    x: Tensor,
-    n: int,
-    n_rows: int,
-    count: Tensor | None = None,
-    goal: int | None = None,
-    active: Tensor | None = None,
-    forced: int = 0,
-) -> Int[Tensor, "4 R 2 256"]:
-    """The four levels, of numbers (up to ``count``) or of sums (up to ``goal``)."""
-    hist = torch.zeros(4, n_rows, 2, 256, dtype=torch.int64, device=x.device)
-    options = {
-        "WEIGHTED": goal is not None, "HAS_ACTIVE": active is not None, "BN": 512, "num_warps": 8,
-    }  # fmt: skip
+    numbers = torch.zeros(n_rows * (8 * 16 + 5), dtype=torch.int64, device=x.device)
+    sums, found = numbers[: n_rows * 128], numbers[n_rows * 128 :]
     grid = (triton.cdiv(n, _PER_PROGRAM), n_rows)
-    for level in range(4):
-        _count_digits[grid](
-            x, count, goal or 0, active, hist, n, n_rows, forced, _PER_PROGRAM, LEVEL=level, **options
-        )
-    return hist
+    known = {"HAS_ACTIVE": active is not None, "num_warps": 4}
+    for i in range(8):
+        _sum_above[grid](x, active, sums, goal, n, n_rows, _PER_PROGRAM, PASS=i, BN=256, **known)
+    _around[grid](x, active, sums, found, goal, n, n_rows, _PER_PROGRAM, BN=1024, **known)
+    _cross[(n_rows,)](goal, active, sums, found, value, taken, n, n_rows, **known)
+    return value, taken
 
 
 def _warps(BN: int) -> int:
