@@ -182,6 +182,23 @@ def test_the_future_and_the_dead_change_nothing() -> None:
     assert torch.equal(interval_attention(q, k, v, ends, bias), changed)
 
 
+@pytest.mark.parametrize("what", ["k", "v"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU a tile of values is multiplied whole")
+def test_broken_keys_reach_only_the_rows_that_see_them(what: str, value: float) -> None:
+    q, k, v, ends, bias = inputs((1, 2, 1, 90, 90, 16, "random"))
+    ends[:] = torch.arange(90) + 20
+    clean = interval_attention(q, k, v, ends, bias)
+    k, v = k.clone(), v.clone()
+    (k if what == "k" else v)[0, 0, 40, 3] = value
+    out = interval_attention(q, k, v, ends, bias)
+    rows = torch.arange(90)
+    sees = (rows >= 40) & (rows < 60)
+    torch.testing.assert_close(out[:, :, ~sees], clean[:, :, ~sees])
+    if value != value:
+        assert out[:, :, sees].isnan().any(-1).all()
+
+
 def test_living_keys_are_all_that_a_block_sees() -> None:
     _, _, _, ends, _ = inputs((2, 2, 2, 90, 160, 8, "random"))
     ends = ends.cpu()

@@ -51,8 +51,27 @@ def interval_attention(
         o, s = _flash(
             q_rows[:, :, block.rows], k_block, v_block, attn_mask=added.flatten(0, 1)[:, None], scale=scale
         )
+        if bool(o.isnan().any()):
+            # An infinite or undefined key spoils the rows that an additive mask hides it from.
+            o, s = _masked(q_rows[:, :, block.rows], k_block, v_block, added.flatten(0, 1)[:, None], scale)
         # Rows that see nothing: the kernel's 0 as log-sum-exp is not theirs.
         seen = block.mask.any(-1).flatten(0, 1)[:, None]
         out[:, :, block.rows] = torch.where(seen[..., None], o, 0)
         lse[:, :, block.rows] = torch.where(seen, s, -torch.inf)
     return out.view(q.shape), lse.view(q.shape[:3])
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, added: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The same with a mask that replaces instead of adding: what a row does not see can't reach it."""
+    hidden = added == -torch.inf
+    logits = (q.float() @ k.float().mT * scale + added.masked_fill(hidden, 0.0)).masked_fill(
+        hidden, -torch.inf
+    )
+    peak = logits.amax(-1, keepdim=True)
+    weights = (logits - peak.masked_fill(peak == -torch.inf, 0.0)).exp()
+    total = weights.sum(-1, keepdim=True)
+    # 0 times an undefined value is undefined: such values count only for rows that give them weight.
+    broken = ~v.isfinite().all(-1)[..., None, :]
+    spoiled = ((weights > 0) & broken).any(-1, keepdim=True)
+    out = weights @ v.float().nan_to_num(0.0, 0.0, 0.0) / total.masked_fill(total == 0, 1.0)
+    return out.masked_fill(spoiled, torch.nan).to(q.dtype), (peak + total.log())[..., 0]
