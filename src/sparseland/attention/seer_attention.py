@@ -160,15 +160,14 @@ class SeerAttention(PrefillMethod, SelectMethod):
         """The layer's gates: those that apply() hands over, or read from a calibration."""
         if isinstance(x.learner, Gates):
             return x.learner
-        prefix = f"{x.layer}."
-        known = {} if calibration is None else calibration.tensors
-        state = {n.removeprefix(prefix): t for n, t in known.items() if n.startswith(prefix)}
-        if not state:
-            raise SparselandError(f"{self.card.slug}: no gates for layer {x.layer}; apply() makes them")
         shape = LayerShape(x.layer, x.n_layers or 0, x.q.shape[1], x.k.shape[1], x.q.shape[3])
         gates = self.new_learner(shape)
-        gates.load_state_dict(state)
         assert isinstance(gates, Gates)
+        known = {} if calibration is None else calibration.tensors
+        state = {n: known.get(f"{x.layer}.{n}") for n in gates.state_dict()}
+        if any(t is None for t in state.values()):
+            raise SparselandError(f"{self.card.slug}: no gates for layer {x.layer}; apply() makes them")
+        gates.load_state_dict(state)
         return gates.to(x.q.device)
 
     # ------------------------------------------------------------- prompts
