@@ -1,10 +1,11 @@
-"""Attention over columns on a GPU: correctness, tile sweep, times against the dense rivals.
+"""Attention over columns, and the tree search that lists them, on a GPU: checks, tile sweeps, times.
 
     PYTHONPATH=src python benchmarks/gpu_columns.py --out benchmarks/results/gpu_columns.json [--quick]
 
 The lists are random stripes (runs of 1 to 64 keys) per query block and head, over all keys before the block.
 The ideal time is density x the fastest dense FlashAttention-4 (or, where it is not installed, the fastest of
-PyTorch's). Times are medians over CUDA events, warm, bf16, batch 1; q, k and v are Gaussian noise, which is
+PyTorch's). The search is HiP's (k = 512, blocks of 32 queries and 2 keys), its time as a part of dense
+attention's. Times are medians over CUDA events, warm, bf16, batch 1; q, k and v are Gaussian noise, which is
 harmless here: the lists are random, not selected from q and k.
 """
 
@@ -30,6 +31,8 @@ from sparseland.machine import circumstances
 from sparseland.ops.block_sparse_attention.triton import Tile
 from sparseland.ops.column_sparse_attention import block_column_attention, column_sparse_attention
 from sparseland.ops.column_sparse_attention import triton as kernel
+from sparseland.ops.tree_search import tree_search
+from sparseland.ops.tree_search import triton as search_kernel
 from sparseland.patterns import BlockColumnPattern, BlockPattern, ColumnPattern, cdiv
 
 SHAPES = ((32, 8, 128), (9, 3, 64))  # query heads, key heads, head dimension
@@ -206,6 +209,65 @@ def compare(
     return rows
 
 
+# ---------------------------------------------------------------- tree search
+
+
+SEARCH_TILES = [
+    search_kernel.Tile(128, 4), search_kernel.Tile(64, 4), search_kernel.Tile(64, 2),
+    search_kernel.Tile(128, 8), search_kernel.Tile(256, 8),
+]  # fmt: skip
+
+
+def search_ranges(n: int) -> tuple[Tensor, Tensor]:
+    """Each block of 32 queries searches from key 32 up to 128 keys before itself, in blocks of 2."""
+    first = torch.arange(0, n, 32, device="cuda", dtype=torch.int32)
+    return torch.full_like(first, 32)[None], ((first - 160).clamp(min=0) // 2)[None]
+
+
+def check_search() -> list[dict[str, Any]]:
+    """Lists equal the reference's where products are exact."""
+    rows = []
+    for _, kv_heads, dim in SHAPES:
+        for shared in (False, True):
+            g = torch.Generator().manual_seed(2)
+            q, k = (torch.randint(-4, 5, (1, h, 1500, dim), generator=g) for h in (2 * kv_heads, kv_heads))
+            q, k = q.cuda().bfloat16(), k.cuda().bfloat16()
+            options: dict[str, Any] = {"block_q": 32, "block_k": 2, "keep": 32, "stride": 2, "shared": shared}
+            first, blocks = search_ranges(1500)
+            poison()
+            got, want = (
+                tree_search(q, k, first, blocks, **options, backend=b)[1] for b in ("triton", "reference")
+            )
+            rows.append({"D": dim, "shared": shared, "ok": torch.equal(got, want)})
+    return rows
+
+
+def search_times(
+    n: int, shape: tuple[int, int, int], tiles: list[Any], dense_ms: float | None
+) -> list[dict[str, Any]]:
+    """The search at HiP's defaults, per head and per group, by tile."""
+    heads, kv_heads, dim = shape
+    q, k = qkv(n, dim, heads, kv_heads)[:2]
+    first, blocks = search_ranges(n)
+    rows: list[dict[str, Any]] = []
+    for shared in (False, True):
+        for tile in tiles:
+            row = {"N": n, "heads": f"{heads}/{kv_heads}", "D": dim, "shared": shared, "tile": str(tile)}
+            try:
+                row["ms"] = milliseconds(
+                    lambda s=shared, t=tile: search_kernel.tree_search(
+                        q, k, first, blocks, 32, 2, 256, 2, s, tile=t
+                    ),
+                    0.1,
+                )
+                if dense_ms:
+                    row["of_dense"] = row["ms"] / dense_ms
+            except Exception as problem:
+                row["failed"] = f"{type(problem).__name__}: {problem}"[:200]
+            rows.append(row)
+    return rows
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -215,11 +277,18 @@ def compile_one(job: tuple[str, int, int, Any]) -> None:
     try:
         if kind == "check":
             check(dim, size, detail)
+        elif kind == "search":
+            search_times(2048, SHAPES[dim], [SEARCH_TILES[size]], None)
         else:
             launch(qkv(4096, dim, 2, 1), stripes(4096, 2, size, 16, 0.1), detail)()
         torch.cuda.synchronize()
     except Exception:
         pass  # the run itself meets the same problem and records it
+
+
+def as_rows(section: Any) -> list[dict[str, Any]]:
+    """A section's rows; none where it failed."""
+    return section if isinstance(section, list) else []
 
 
 def main() -> None:
@@ -260,6 +329,7 @@ def main() -> None:
     ]
     keys = [] if options.quick else list(CANDIDATES)
     jobs: list[tuple[str, int, int, Any]] = [("check", *case) for case in checked]
+    jobs += [("search", i, j, None) for i in range(len(SHAPES)) for j in range(len(SEARCH_TILES))]
     jobs += [("time", *key, (tile,)) for key in keys for tile in CANDIDATES[key]]
     jobs += [("time", dim, size, None) for dim, size in CANDIDATES]
 
@@ -282,12 +352,21 @@ def main() -> None:
 
     section("precompiled", precompile)
     section("correct", lambda: [row for case in checked for row in check(*case)])
+    section("correct tree search", check_search)
     section("sweep", tune)
     for n in (32768,) if options.quick else (32768, 131072):
         for shape in SHAPES:
             heads, kv_heads, dim = shape
             name = f"times {n} heads {heads}/{kv_heads} D{dim}"
             section(name, lambda n=n, shape=shape: compare(n, shape, best, options.quick))
+            times = [
+                row["ms"] for row in as_rows(result[name]) if row["what"].startswith("dense") and "ms" in row
+            ]
+            name = f"tree search {n} heads {heads}/{kv_heads} D{dim}"
+            section(
+                name,
+                lambda n=n, shape=shape, t=times: search_times(n, shape, SEARCH_TILES, min(t, default=None)),
+            )
     result["tiles used"] = {str(key): str(tile) for key, tile in best.items()}
     options.out.write_text(json.dumps(result, indent=1))
     for name, rows in result.items():

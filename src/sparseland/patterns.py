@@ -46,7 +46,9 @@ class Pattern:
 
     def density(self) -> Tensor:
         """Computed / total causal pairs, ``[B, H]`` float64."""
-        return self.pairs().double() / causal_pairs(self.n_queries, self.n_keys)
+        pairs = self.pairs().double()
+        # By a tensor: a GPU divides by a number by multiplying with its rounded inverse, and all is not 1.
+        return pairs / torch.full_like(pairs, causal_pairs(self.n_queries, self.n_keys))
 
     def _causal(self, device: torch.device) -> Bool[Tensor, "Nq Nk"]:
         rows = torch.arange(self.n_queries, device=device)[:, None] + self.offset

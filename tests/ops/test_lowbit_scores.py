@@ -150,7 +150,7 @@ def test_relative_scores_are_never_below_attention_weights() -> None:
     for case in CASES[:3]:
         q, k, _ = inputs(case)
         logits = q @ k.repeat_interleave(case[1] // case[2], 1).mT / math.sqrt(case[5])
-        causal = torch.ones(case[3], case[4], dtype=torch.bool).tril(case[4] - case[3])
+        causal = torch.ones(case[3], case[4], dtype=torch.bool, device=q.device).tril(case[4] - case[3])
         weights = logits.double().masked_fill(~causal, -torch.inf).softmax(-1)
         assert (exact_scores(q, k, case[3], case[4]) >= weights * (1 - 1e-5)).all()
 

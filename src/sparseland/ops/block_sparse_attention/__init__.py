@@ -53,8 +53,8 @@ def _why_not_fa4(q: Tensor, block_size: int) -> str | None:
         return f"it needs bfloat16 or float16, got {q.dtype}"
     if block_size != 128:
         return f"it needs block size 128, got {block_size}"
-    if q.shape[3] > 128:
-        return f"it needs a head dimension of at most 128, got {q.shape[3]}"
+    if q.shape[3] not in (64, 96, 128):
+        return f"it needs a head dimension of 64, 96 or 128 (80 gave wrong results), got {q.shape[3]}"
     return None
 
 
@@ -164,7 +164,7 @@ def block_sparse_attention(
         pattern: lists of key blocks; its batch and head dimensions may be 1 (the same for all).
         scale: factor on the logits, positive; ``1 / sqrt(D)`` unless given.
         return_lse: also give the log-sum-exp of the scaled logits (natural log, fp32).
-        backend: ``gluon``, ``fa4``, ``triton``, ``cpu`` or ``reference``; the fastest that can run this unless given.
+        backend: ``gluon``, ``fa4``, ``triton``, ``cpu`` or ``reference``; by default the fastest that can.
 
     Returns:
         The output in q's type, and on request the log-sum-exp. Both carry gradients to q, k and v.
