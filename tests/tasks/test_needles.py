@@ -96,9 +96,15 @@ def test_keys_and_numbers_are_new_to_the_text():
 # ------------------------------------------------------- every task alike
 
 
+# Stories are written, not filled with the user's text.
+READ_TEXT = [task for task in TASKS if not task.startswith("story")]
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_lengths_are_exact(task, tokenizer, text):
-    for length in (640, 1500):
+    # Six chapters take more than a thousand letters.
+    long = task.startswith("story") and not tokenizer.chat_template
+    for length in (2000, 3000) if long else (640, 1500):
         for sample in TASKS[task](tokenizer, text, length, 3, 1):
             assert 0.99 * length <= len(sample.prompt) <= length
             assert sample.length == length
@@ -128,7 +134,7 @@ def test_a_length_too_small_for_the_task_is_refused(task, smollm, text):
         TASKS[task](smollm, text, 24, 1, 0)
 
 
-@pytest.mark.parametrize("task", sorted(set(TASKS) - {"retrieval"}))
+@pytest.mark.parametrize("task", sorted(set(READ_TEXT) - {"retrieval", "common-words"}))
 def test_a_text_too_short_for_the_length_is_refused_with_its_tokens(task, smollm):
     text = "A short story. " * 20
     with pytest.raises(SparselandError) as error:
@@ -139,7 +145,7 @@ def test_a_text_too_short_for_the_length_is_refused_with_its_tokens(task, smollm
     assert have < need < 640
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", READ_TEXT)
 def test_an_empty_text_is_refused(task, smollm):
     with pytest.raises(SparselandError, match="the text is empty"):
         TASKS[task](smollm, " \n", 640, 1, 0)

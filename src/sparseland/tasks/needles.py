@@ -15,6 +15,7 @@ from sparseland.tasks.sample import Sample, build, depths, haystack, insert, rng
 
 KEYS = 4
 VALUES = 2
+WRONG = 4  # wrong answers that are offered beside the right one
 
 _COLOURS = (
     "amber",
@@ -142,6 +143,8 @@ def _one_of_keys(
         (spot, f"The special magic number for {key} is {value}.")
         for spot, key, value in zip(spread(depth, n_keys), keys, values, strict=True)
     ]
+    # The numbers of other keys first: they are in the text, and only the key tells them apart.
+    wrong = [*values[1:], *new_numbers(WRONG - n_keys + 1, 7, filler + "".join(values), rng)]
     return build(
         tokenizer,
         task=name,
@@ -152,6 +155,7 @@ def _one_of_keys(
         question=f"What is the special magic number for {keys[0]} in the text above?",
         answer_start=f"The special magic number for {keys[0]} is",
         facts=[f" {values[0]}"],
+        others=[[f" {value}"] for value in wrong],
     )
 
 

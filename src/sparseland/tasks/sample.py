@@ -53,6 +53,8 @@ class Sample:
         answers: the right continuations: the gold one, then the same facts in other orders.
         prompt_text: the prompt as text.
         facts: what has to be said, as it stands in the prompt.
+        opened: how many of the prompt's last tokens begin the answer.
+        others: wrong continuations of the same form, for asking which one the model finds likeliest.
     """
 
     task: str
@@ -62,6 +64,8 @@ class Sample:
     answers: tuple[Answer, ...]
     prompt_text: str
     facts: tuple[str, ...]
+    opened: int = 0
+    others: tuple[Answer, ...] = ()
 
     @property
     def answer(self) -> Int[Tensor, " M"]:
@@ -91,6 +95,7 @@ def build(
     answer_start: str,
     facts: Sequence[str],
     joint: str = "",
+    others: Sequence[Sequence[str]] = (),
 ) -> Sample:
     """A sample of ``length`` tokens.
 
@@ -101,6 +106,7 @@ def build(
         answer_start: how the assistant's answer begins; part of the prompt.
         facts: what has to follow it, in any order; each with the blank before it, if there is one.
         joint: what stands between two facts; given, not asked.
+        others: wrong facts, written like the right ones.
 
     Raises:
         SparselandError: the filler is too short, or the length too small for the task.
@@ -119,6 +125,8 @@ def build(
         answers=tuple(_answer(tokenizer, answer_start, order, joint) for order in permutations(facts)),
         prompt_text=prompt_text,
         facts=tuple(fact.strip() for fact in facts),
+        opened=len(_encode(tokenizer, answer_start, plain=True)),
+        others=tuple(_answer(tokenizer, answer_start, wrong, joint) for wrong in others),
     )
 
 

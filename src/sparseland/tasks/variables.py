@@ -61,9 +61,16 @@ def variables(tokenizer: Any, text: str, length: int, count: int, seed: int) -> 
                 answer_start=f"These variables have the value {values[0]}: VAR",
                 facts=[f" {name}" for name in chains[0]],
                 joint=", VAR",
+                others=[[f" {name}" for name in wrong] for wrong in _mixed(*chains)],
             )
         )
     return samples
+
+
+def _mixed(right: list[str], other: list[str]) -> list[list[str]]:
+    """The other chain, and the right one with one variable of the other."""
+    swapped = [[*right[:i], other[i], *right[i + 1 :]] for i in range(len(right))]
+    return [other, *swapped]
 
 
 def _links(chain: list[str], value: str, start: float) -> list[tuple[float, str]]:
