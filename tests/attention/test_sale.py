@@ -196,7 +196,7 @@ def test_views(inputs):
 
 
 def test_chunks_stay_near_the_whole_prompt(inputs):
-    """Means are the call's own, so a later chunk may judge tiles near the threshold otherwise: but only few."""
+    """Means are the call's own, so a later chunk may judge tiles otherwise, but few of them."""
     x = inputs(512)
     whole = sale(0.12).pattern(x).block_mask()[:, :, 4:]
     chunk = AttentionInputs(x.q[:, :, 256:], x.k, x.v, x.scale, 0)
