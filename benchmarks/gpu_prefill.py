@@ -61,7 +61,7 @@ def ready(method: PrefillMethod, x: AttentionInputs) -> AttentionInputs:
     shape = LayerShape(x.layer, x.n_layers or 1, x.q.shape[1], x.k.shape[1], x.q.shape[3])
     torch.manual_seed(0)
     learner = method.new_learner(shape)
-    return x if learner is None else replace(x, learner=learner.to(x.q.device, x.q.dtype))
+    return x if learner is None else replace(x, learner=learner.to(x.q.device))
 
 
 @torch.no_grad()

@@ -114,6 +114,10 @@ def _load(
         i_b, i_h, i_hk, i_m = _place(ticket, H, G, Mq)
         at = _list(lists, sizes, i_b, i_h, i_m)
         block = gl.load(at + count - 1, mask=count > 0, other=0)
+        # The next row is drawn while this one's first blocks are on their way: it takes several loads in turn.
+        drawing = gl.minimum(count - 1, STAGES - 1)
+        next_ticket = n_rows
+        next_count = 0
         for i in range(0, count):
             following = gl.load(at + count - 2 - i, mask=i + 1 < count, other=0)
             stage = step % STAGES
@@ -134,10 +138,15 @@ def _load(
             tma.async_copy_global_to_shared(
                 v_desc, [i_b, i_hk, block * 128, 0], v_ready.index(stage), v_smem.index(stage)
             )
+            if i == drawing:
+                next_ticket, next_count = _draw(lists, sizes, notes, note_ready, note_empty, turn + 1)
             block = following
             step += 1
+        if count == 0:
+            next_ticket, next_count = _draw(lists, sizes, notes, note_ready, note_empty, turn + 1)
         turn += 1
-        ticket, count = _draw(lists, sizes, notes, note_ready, note_empty, turn)
+        ticket = next_ticket
+        count = next_count
 
 
 @gluon.jit

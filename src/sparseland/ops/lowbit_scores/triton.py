@@ -153,7 +153,7 @@ def _estimate(
     i_bh = tl.program_id(1).to(tl.int64)
     i_h = i_bh % Hq
     i_hk = i_bh // Hq * (Hq // G) + i_h // G
-    i_r, i_d, i_n = i_t * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
+    i_r, i_d, i_n = i_t * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, _KEYS)
     i_block = i_t * BLOCKS + tl.arange(0, BLOCKS)
     b_blocks = i_block < Mq
     b_judged = tl.where(b_blocks, _n_judged(i_block, n_queries, n_keys), 0)
@@ -174,15 +174,15 @@ def _estimate(
         else:
             turns = tl.minimum(TURNS, (most - i_w * _WORD) // PARTS)
             for turn in range(0, turns):
-                # Tested tiles start behind the sink; the last ends well before the last key.
-                i_k = _KEYS + (i_w * TURNS + turn) * BN + i_n
-                b_k = tl.load(k4 + i_k[:, None].to(tl.int64) * BD + i_d[None, :])
-                b_ks, b_c = tl.load(k_scale + i_k), tl.load(shift + i_k)
-                b_e = tl.dot(b_q, tl.trans(b_k)).to(tl.float32)
-                b_e = b_e * b_ks[None, :] * b_scale[:, None] + b_c[None, :]
-                b_best = tl.max(tl.reshape(b_e, (BM, PARTS, _KEYS)), 2)
-                i_bit = tl.arange(0, PARTS) + turn * PARTS
-                b_word += tl.sum((b_best > b_t[:, None]).to(tl.int32) << i_bit[None, :], 1)
+                # A product per tile of keys: one over all four would have to be taken apart through memory.
+                for part in tl.static_range(PARTS):
+                    # Tested tiles start behind the sink; the last ends well before the last key.
+                    i_k = _KEYS + ((i_w * TURNS + turn) * PARTS + part) * _KEYS + i_n
+                    b_k = tl.load(k4 + i_k[:, None].to(tl.int64) * BD + i_d[None, :])
+                    b_ks, b_c = tl.load(k_scale + i_k), tl.load(shift + i_k)
+                    b_e = tl.dot(b_q, tl.trans(b_k)).to(tl.float32)
+                    b_e = b_e * b_ks[None, :] * b_scale[:, None] + b_c[None, :]
+                    b_word += (tl.max(b_e, 1) > b_t).to(tl.int32) << (turn * PARTS + part)
         # Or over a block's rows, bit by bit.
         i_bit = tl.arange(0, _WORD)
         b_bits = (tl.reshape(b_word, (BLOCKS, _ROWS, 1)) >> i_bit[None, None, :]) & 1
