@@ -84,8 +84,8 @@ def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
         },
         "differs": (
             f"SmolLM2-135M at {length} tokens of Python's documentation, not 7B and 8B models at 128K; "
-            f"theta {methods[0].theta:g} and groups of {methods[0].step} blocks of 64, since theta 12 is nearly "
-            "dense at these lengths; recall at equal density instead of time at a higher recall"
+            f"theta {methods[0].theta:g} and groups of {methods[0].step} blocks of 64, since theta 12 is "
+            "nearly dense at these lengths; recall at equal density instead of time at a higher recall"
             + (", and the time at 128K with both methods' defaults" if cuda else "")
         ),
         "holds": bool(better and nested),
