@@ -1,7 +1,10 @@
 """Prefill of the whole embedded model, sparse against dense: python benchmarks/cpu_prefill.py --out FILE.json
 
 Dense is timed before and after every sparse configuration; the faster of the two is the rival. Losses are
-those of the last 512 tokens of each window of the default text.
+those of the last 512 tokens of each window of the default text. ``--all`` measures the cheapest setting that
+each method's grid has for this length instead of the settings that keep 1 % loss; methods that add trained
+parts to a model run untrained, which costs them loss, not time; a gate that is meaningless untrained is
+left out.
 """
 
 import argparse
@@ -14,7 +17,7 @@ import torch
 from sparseland.handle import apply
 from sparseland.machine import circumstances
 from sparseland.measure import TAIL_TOKENS, timed
-from sparseland.method import parse_spec
+from sparseland.method import PrefillMethod, method_class, method_slugs, parse_spec
 from sparseland.models import load_model
 from sparseland.recipe import write_atomically
 from sparseland.tasks.loss import cross_entropy
@@ -33,7 +36,20 @@ parser.add_argument("--length", type=int, default=8192)
 parser.add_argument("--windows", type=int, default=2)
 parser.add_argument("--dtypes", default="float32,bfloat16")
 parser.add_argument("--specs", nargs="*", default=SPECS)
+parser.add_argument("--all", action="store_true", help="the cheapest setting of every prompt method")
 options = parser.parse_args()
+
+
+def every_method(length: int) -> list[str]:
+    """The first setting of each method's grid."""
+    classes = [method_class(slug) for slug in method_slugs()]
+    return [
+        cls.grid(length)[0].spec
+        for cls in classes
+        if issubclass(cls, PrefillMethod)
+        and not cls.card.control
+        and not (cls.card.training == "training" and cls.calibrates())
+    ]
 
 
 @torch.no_grad()
@@ -60,7 +76,7 @@ for dtype in options.dtypes.split(","):
     texts = windows(ids[CALIBRATION_TOKENS:], options.length, options.windows)
     prefill(loaded.model, texts[0])  # the first call allocates
     dense = [prefill(loaded.model, text) for text in texts]
-    for spec in options.specs:
+    for spec in every_method(options.length) if options.all else options.specs:
         method = parse_spec(spec)
         with apply(loaded.model, method, calibration_ids=ids[None, :CALIBRATION_TOKENS]) as handle:
             sparse = [prefill(loaded.model, text) for text in texts]

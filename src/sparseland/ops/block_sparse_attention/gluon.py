@@ -114,7 +114,7 @@ def _load(
         i_b, i_h, i_hk, i_m = _place(ticket, H, G, Mq)
         at = _list(lists, sizes, i_b, i_h, i_m)
         block = gl.load(at + count - 1, mask=count > 0, other=0)
-        # The next row is drawn while this one's first blocks are on their way: it takes several loads in turn.
+        # The next row is drawn while the first blocks are under way: it takes several loads in turn.
         drawing = gl.minimum(count - 1, STAGES - 1)
         next_ticket = n_rows
         next_count = 0
