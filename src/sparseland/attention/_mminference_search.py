@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sparseland.attention._minference_index import LOCAL, SINKS
@@ -30,8 +30,10 @@ from sparseland.patterns import PartsPattern, Pattern, WindowPattern
 # Candidates, (vertical, slash): proportions only, all are scaled to the target's cost.
 VERTICAL_SLASH = ((1000, 6096), (100, 1800), (500, 1500), (3000, 200))
 _STEPS = 10  # halvings of the interval in which a candidate's size is searched
-# A more complicated boundary type must lower the error by more than this.
-_MARGIN = 0.02
+# A more complicated boundary type must lower the error by more than this part of it, and of the output.
+_MARGIN, _NEGLIGIBLE = 0.02, 1e-4
+# A family whose smallest member costs more than this times the target is out, unless all are.
+_OVER = 1.1
 
 
 @dataclass
@@ -41,10 +43,12 @@ class Candidate:
     Args:
         shapes: one per head.
         error: squared error of the region's queries' attention output per head, ``[H]`` float64.
+        fits: whether the cost is the target's, ``[H]``.
     """
 
     shapes: list[Shape]
     error: Float[Tensor, " H"]
+    fits: Bool[Tensor, " H"]
 
 
 def search(model: nn.Module, call: Mapping[str, Any]) -> list[list[HeadPlan]]:
@@ -120,7 +124,7 @@ def search_layer(x: AttentionInputs, sinks: int | None = None, window: int | Non
     chosen, least = plans[0], searched.error(plans[0], "all")
     for other in plans[1:]:
         error = searched.error(other, "all")
-        better = error < (1 - _MARGIN) * least
+        better = least - error > torch.maximum(_MARGIN * least, _NEGLIGIBLE * searched.energy)
         chosen = [b if take else a for a, b, take in zip(chosen, other, better.tolist(), strict=True)]
         least = torch.where(better, error, least)
     return chosen
@@ -136,6 +140,7 @@ class _LayerSearch:
         self.layout: Layout = layout_of(vision)
         self.heads, self.n = x.q.shape[1], n
         self.dense = attend(x.q, x.k, x.v, WindowPattern.dense(x.q.shape[2], n), scale=x.scale).float()
+        self.energy = self.dense.double().square().sum((0, 2, 3)).cpu()
         self.sinks, self.window = sinks, window
         self.index = MixedIndex(x, self.layout, ranked=True)
         self._best: dict[str, Candidate] = {}
@@ -211,10 +216,12 @@ class _LayerSearch:
         """Per head the family of least error at the target's cost."""
         if region not in self._best:
             candidates = [self._candidate(region, make, most) for make, most in self._families(region)]
+            fits = torch.stack([c.fits for c in candidates])
             error = torch.stack([c.error for c in candidates])
+            error = error.masked_fill(~fits & fits.any(0), torch.inf)
             pick = error.argmin(0).tolist()
             shapes = [candidates[c].shapes[head] for head, c in enumerate(pick)]
-            self._best[region] = Candidate(shapes, error.amin(0))
+            self._best[region] = Candidate(shapes, error.amin(0), fits.any(0))
         return self._best[region]
 
     def _families(self, region: str) -> list[tuple[Callable[[float], Shape], float]]:
@@ -250,4 +257,5 @@ class _LayerSearch:
             fits = self.pairs(region, at(middle)) <= cost
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
         shapes = at(low)
-        return Candidate(shapes, self._error(self._pattern(region, shapes, others=True), region))
+        error = self._error(self._pattern(region, shapes, others=True), region)
+        return Candidate(shapes, error, self.pairs(region, shapes) <= _OVER * cost)
