@@ -4,7 +4,8 @@
     python docs/generate.py --check    exit code 1 and one line if what is written is stale
 
 Pages: methods/SLUG.md and methods/index.md from the methods' cards, measurements.md from every JSON file
-under benchmarks/results. The same input gives the same bytes: no date, no order of a folder gets in.
+under benchmarks/results, which.md from some of them. The same input gives the same bytes: no date, no order
+of a folder gets in.
 """
 
 from __future__ import annotations
@@ -90,8 +91,104 @@ def pages() -> dict[Path, str]:
         for slug in slugs
     }
     made[DOCS / "methods" / "index.md"] = render("methods.md.jinja", sites=by_site(slugs))
+    made[DOCS / "which.md"] = render("which.md.jinja", **which_page())
     made[DOCS / "measurements.md"] = render("measurements.md.jinja", files=result_files())
     return made
+
+
+# --------------------------------------------------------------------- which
+
+
+def which_page() -> dict[str, Any]:
+    """The comparison of the methods, from the recorded runs that are there."""
+    return {"cpu": _which_cpu(), "frontier": _which_frontier(), "gpu": _which_gpu()}
+
+
+def _which_cpu() -> dict[str, Any] | None:
+    path = RESULTS / "cpu_prefill_all.json"
+    if not path.exists():
+        return None
+    data = read(path)
+    rows = sorted(data["rows"], key=lambda r: -r["speedup"])
+    best, slower = rows[0], [r["slug"] for r in rows if r["speedup"] < 1]
+    verdict = f"The fastest, `{best['recipe']}`, takes {best['speedup']:.2f}× less time than dense."
+    if slower:
+        verdict += f" Slower than dense: {', '.join(slower)}."
+    return {
+        "length": rows[0]["length"], "dtype": rows[0]["dtype"], "threads": data["threads"],
+        "machine": _machine(data["machine"]), "verdict": verdict,
+        "rows": [
+            {
+                "setting": r["recipe"], "density": r["density"],
+                "loss change": f"{100 * r['loss_change']:+.2f} %",
+                "prompt_s": r["ours_s"], "dense_s": r["dense_s"], "speedup": r["speedup"],
+                "needs": method_class(r["slug"]).card.training,
+            }
+            for r in rows
+        ],
+    }  # fmt: skip
+
+
+def _which_frontier() -> dict[str, Any] | None:
+    run = read(RESULTS / "frontier_default.json")
+    choice, tolerance = run["choice"], run.get("tolerance", 0.01)
+    rows = [
+        r
+        for r in run["rows"]
+        if r["length"] == choice["length"]
+        and r["status"] == "ok"
+        and r.get("stage", "full") == "full"
+        and r["loss"] <= (1 + tolerance) * r["dense_loss"]
+        and r["decode_loss"] <= (1 + tolerance) * r["dense_decode_loss"]
+    ]
+    return {
+        "length": choice["length"], "tolerance": f"{100 * tolerance:g} %", "reason": choice["reason"],
+        "chosen": " + ".join(choice["recipe"]) or "dense",
+        "rows": [
+            {
+                "configuration": r["label"], "density": r["density"], "prompt_s": r["prefill_s"],
+                "speedup": r["dense_prefill_s"] / r["prefill_s"], "decode_ms": r["decode_ms"],
+            }
+            for r in sorted(rows, key=lambda r: r["prefill_s"])
+        ],
+    }  # fmt: skip
+
+
+def _which_gpu() -> list[dict[str, Any]]:
+    path = RESULTS / "gpu_prefill.json"
+    if not path.exists():
+        return []
+    data = read(path)
+    parts = []
+    for shape, length in dict.fromkeys((r["shape"], r["length"]) for r in data["rows"]):
+        rows = [r for r in data["rows"] if (r["shape"], r["length"]) == (shape, length)]
+        timed = sorted((r for r in rows if r.get("whole_ms")), key=lambda r: r["whole_ms"])
+        best = next((r for r in timed if r.get("error", 1) <= 0.3 and "slug" in r), None)
+        slower = [r["method"] for r in timed if r["whole_ms"] > r["dense_ms"]]
+        words = ""
+        if best:
+            words = (
+                f"Of those with an error of at most 0.3, `{best['method']}` is the fastest: "
+                f"{best['dense_ms'] / best['whole_ms']:.2f}× dense."
+            )
+        if slower:
+            words += f" Slower than dense: {', '.join(slower)}."
+        parts.append(
+            {
+                "shape": shape, "length": length, "machine": _machine(data["machine"]), "verdict": words,
+                "dense": rows[0]["dense"], "dense_ms": number(rows[0]["dense_ms"]),
+                "rows": [
+                    {
+                        "method": r["method"], "density": r.get("density"), "recall": r.get("recall"),
+                        "error": r.get("error"), "select_ms": r.get("select_ms"),
+                        "attend_ms": r.get("attend_ms"), "whole_ms": r["whole_ms"],
+                        "speedup": r["dense_ms"] / r["whole_ms"],
+                    }
+                    for r in timed
+                ],
+            }
+        )  # fmt: skip
+    return parts
 
 
 # ------------------------------------------------------------------- methods
@@ -115,7 +212,7 @@ def frontier_table(run: dict[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for r in run["rows"]:
-        if r["length"] != choice["length"] or r["status"] != "ok":
+        if r["length"] != choice["length"] or r["status"] != "ok" or r.get("stage") == "screen":
             continue
         name = f"**{r['label']}**" if r["label"] == chosen else r["label"]
         cells = [
