@@ -115,6 +115,23 @@ def test_lists_of_static_length_are_the_same(length: int) -> None:
         same(got, (want[0].to(DEVICE), want[1].to(DEVICE)))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="12 GB on a GPU")
+def test_more_than_2_to_the_31_entries() -> None:
+    size, blocks = 16, 46_400
+    mask = torch.zeros(1, 1, blocks, blocks, dtype=torch.bool, device=DEVICE)
+    assert mask.numel() > 2**31
+    mask[..., 0] = True
+    mask[0, 0, -1, -3:] = True
+    counts, indices = block_lists(blocks * size, blocks * size, size, mask=mask, cap=8)
+    assert counts[0, 0, :-1].eq(1).all()
+    assert indices[0, 0, -1, : counts[0, 0, -1]].tolist() == [0, blocks - 3, blocks - 2, blocks - 1]
+    wide = torch.zeros(1, 1, blocks, 50_000, dtype=torch.int32, device=DEVICE)[..., :8]
+    wide[0, 0, -1, :4] = indices[0, 0, -1, :4]
+    pairs = list_pairs(counts, wide, blocks * size, blocks * size, size, size)
+    assert pairs.item() == (blocks + 1) * size**2 + 2 * (size * (size + 1) // 2)
+
+
 def test_opcheck() -> None:
     options = criteria(33, 90, 16)["all"]
     tensors = [options.get(n) for n in ("mask", "weights", "threshold", "active", "bands", "columns")]

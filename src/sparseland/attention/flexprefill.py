@@ -187,7 +187,8 @@ class QueryAware:
             # In a head with a NaN, or that never reaches the mass, the threshold is 0: all blocks.
             thresholds.append(covering(weights.flatten(-2), mass, trusted[:, some])[0])
         # Weights that are computed again may round otherwise: the block that crosses must not be lost.
-        self.threshold = torch.cat(thresholds, 1) * (1.0 if self.map is not None else 1 - 1e-6)
+        whole = self.map is not None
+        self.threshold = thresholds[0] if whole else torch.cat(thresholds, 1) * (1 - 1e-6)
 
     def _map(self, heads: slice) -> Float[Tensor, "B h Mq Mk"]:
         own = slice(heads.start // self.x.group, cdiv(heads.stop, self.x.group))

@@ -152,7 +152,8 @@ def block_lists(
     indices = torch.empty(B, H, rows, length, dtype=torch.int32, device=device)
     mask, active, bands, columns = (_bytes(t) for t in (mask, active, bands, columns))
     weights, bands, columns = (_last_dense(t) for t in (weights, bands, columns))
-    BC = min(1024, max(16, triton.next_power_of_2(triton.cdiv(n_keys, unit))))
+    # One long list (the columns of a head) is one program's work: it takes larger steps.
+    BC = min(4096 if rows == 1 else 1024, max(16, triton.next_power_of_2(triton.cdiv(n_keys, unit))))
     if counts.numel():
         _block_lists[(rows, B * H)](
             mask, weights, threshold, active, bands, columns, counts, indices,
@@ -161,7 +162,7 @@ def block_lists(
             H, n_queries, n_keys, 0 if bands is None else bands.shape[-1], length,
             SIZE=block_size, UNIT=unit, HAS_MASK=mask is not None, HAS_WEIGHTS=weights is not None,
             HAS_ACTIVE=active is not None, HAS_BANDS=bands is not None, HAS_COLUMNS=columns is not None,
-            BC=BC, num_warps=4,
+            BC=BC, num_warps=4 if BC <= 1024 else 8,
         )  # fmt: skip
     return counts, indices
 

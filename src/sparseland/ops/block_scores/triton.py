@@ -153,12 +153,20 @@ def _mean_pool(
 
 
 @triton.jit
-def _map_tile(b_q, k, i_c, i_d, seen, D, scale_log2):
-    """Base-2 logits of a tile of query blocks and key blocks, -inf for blocks wholly in the future."""
-    b_load = (i_c < tl.max(seen, 0))[:, None] & (i_d < D)[None, :]
-    b_k = tl.load(k + i_c[:, None] * D + i_d[None, :], mask=b_load, other=0.0)
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=_PRECISION) * scale_log2
-    return tl.where(i_c[None, :] < seen[:, None], b_s, float("-inf"))
+def _map_tile(q, k, i_m, i_c, seen, Mq, D, scale_log2, BM: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr):
+    """Logits of a tile of query blocks and key blocks, -inf for blocks wholly in the future.
+
+    The head dimension goes by in parts: three factors of each operand would not fit into the registers.
+    """
+    b_s = tl.zeros([BM, BC], tl.float32)
+    for start in range(0, D, BD):
+        i_d = start + tl.arange(0, BD)
+        b_d = (i_d < D)[None, :]
+        b_q = tl.load(q + i_m[:, None] * D + i_d[None, :], mask=(i_m < Mq)[:, None] & b_d, other=0.0)
+        b_load = (i_c < tl.max(seen, 0))[:, None] & b_d
+        b_k = tl.load(k + i_c[:, None] * D + i_d[None, :], mask=b_load, other=0.0)
+        b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision=_PRECISION)
+    return tl.where(i_c[None, :] < seen[:, None], b_s * scale_log2, float("-inf"))
 
 
 @triton.jit
@@ -172,42 +180,37 @@ def _pooled_map(
         if tl.load(active + i_bh) == 0:
             return
     i_b, i_h = (i_bh // H).to(tl.int64), i_bh % H
-    i_m, i_d = i_t * BM + tl.arange(0, BM), tl.arange(0, BD)
+    i_m = i_t * BM + tl.arange(0, BM)
     q += i_b * stride_qb + i_h.to(tl.int64) * stride_qh
     k += i_b * stride_kb + (i_h // G).to(tl.int64) * stride_kh
     b_rows = i_m < Mq
-    b_q = tl.load(q + i_m[:, None] * D + i_d[None, :], mask=b_rows[:, None] & (i_d < D)[None, :], other=0.0)
     b_last = tl.minimum((i_m + 1) * SIZE, n_queries) - 1 + n_keys - n_queries
     seen = tl.where(b_rows, b_last // SIZE + 1, 0)
-    most = tl.max(seen, 0)
-    out += i_bh.to(tl.int64) * Mq * Mk
-    p_out = out + i_m.to(tl.int64)[:, None] * Mk
+    most = tl.cdiv(tl.max(seen, 0), BC) * BC
+    p_out = out + i_bh.to(tl.int64) * Mq * Mk + i_m.to(tl.int64)[:, None] * Mk
     if NORMALISE:
         scale_log2 = scale * 1.4426950408889634
         b_max = tl.full([BM], float("-inf"), tl.float32)
         b_sum = tl.zeros([BM], tl.float32)
         for start in range(0, most, BC):
             i_c = start + tl.arange(0, BC)
-            b_s = _map_tile(b_q, k, i_c, i_d, seen, D, scale_log2)
+            b_s = _map_tile(q, k, i_m, i_c, seen, Mq, D, scale_log2, BM, BC, BD)
             b_new = tl.maximum(b_max, tl.max(b_s, 1))
             b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_s - b_shift[:, None]), 1)
             b_max = b_new
         # Rows past the end have no sum; every other sees its own block.
         b_lse = tl.where(b_rows, b_max + tl.log2(tl.where(b_rows, b_sum, 1.0)), 0.0)
-    for start in range(0, Mk, BC):
+    for start in range(0, most, BC):
         i_c = start + tl.arange(0, BC)
-        if start < most:
-            if NORMALISE:
-                b_s = _map_tile(b_q, k, i_c, i_d, seen, D, scale_log2)
-                b_out = tl.exp2(b_s - b_lse[:, None])
-            else:
-                b_out = _map_tile(b_q, k, i_c, i_d, seen, D, scale)
+        if NORMALISE:
+            b_out = tl.exp2(_map_tile(q, k, i_m, i_c, seen, Mq, D, scale_log2, BM, BC, BD) - b_lse[:, None])
         else:
-            if NORMALISE:
-                b_out = tl.zeros([BM, BC], tl.float32)
-            else:
-                b_out = tl.full([BM, BC], float("-inf"), tl.float32)
+            b_out = _map_tile(q, k, i_m, i_c, seen, Mq, D, scale, BM, BC, BD)
+        tl.store(p_out + i_c[None, :], b_out, mask=b_rows[:, None] & (i_c < Mk)[None, :])
+    for start in range(most, Mk, BC):
+        i_c = start + tl.arange(0, BC)
+        b_out = tl.full([BM, BC], 0.0 if NORMALISE else float("-inf"), tl.float32)
         tl.store(p_out + i_c[None, :], b_out, mask=b_rows[:, None] & (i_c < Mk)[None, :])
 
 
@@ -322,12 +325,12 @@ def pooled_map(
     out = torch.empty(B, Hq, Mq, Mk, dtype=torch.float32, device=q.device)
     q, k = (x if x.stride(2) == D and x.stride(3) == 1 else x.contiguous() for x in (q, k))
     active = None if active is None else active.contiguous().view(torch.int8)
-    BM = 32
+    BM, BD = 64, max(16, min(32, triton.next_power_of_2(D)))
     if out.numel():
         _pooled_map[(triton.cdiv(Mq, BM), B * Hq)](
             q, k, out, active, *q.stride()[:2], *k.stride()[:2], Hq, Hq // k.shape[1], Mq, Mk, D,
             n_queries, n_keys, scale, SIZE=block_size, NORMALISE=normalise, HAS_ACTIVE=active is not None,
-            BM=BM, BC=64, BD=max(16, triton.next_power_of_2(D)), num_warps=4, num_stages=2,
+            BM=BM, BC=64, BD=BD, num_warps=4, num_stages=2,
         )  # fmt: skip
     return out
 
