@@ -409,6 +409,8 @@ class BlockLocalPattern(Pattern):
 class PiecedPattern(Pattern):
     """A pattern that is made a stretch of queries at a time: all its lists at once would fill the memory.
 
+    Computing and counting each make the lists anew, and drop them again.
+
     Args:
         make: called with ``(start, stop)``, gives the pattern of the queries ``[start, stop)`` of this call:
             ``stop - start`` queries, and keys up to the last of them, ``offset + stop``.
