@@ -654,8 +654,8 @@ def test_a_second_prompt_is_refused_not_computed_wrongly(model, ids):
 def test_defaults_are_the_studys():
     assert DEFAULTS["block"] == {"blocks": 64, "block_size": 16}
     assert DEFAULTS["quest"] == {"budget": 1024, "page_size": 16, "share_pages": True}
-    assert SparseFrontier(unit="flexprefill")._("probe") == 512
-    assert SparseFrontier()._("probe") == 256
+    assert SparseFrontier(unit="flexprefill").value("probe") == 512
+    assert SparseFrontier().value("probe") == 256
     assert isinstance(SparseFrontier(unit="snapkv").new_store(0), EvictingStore)
 
 

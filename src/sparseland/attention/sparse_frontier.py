@@ -148,23 +148,27 @@ class SparseFrontier(PrefillMethod, StoreMethod, SelectMethod):
 
     def _misfit(self) -> str | None:
         """What is wrong with values that are each allowed."""
-        if self.unit == "block" and self._("block_size") not in (16, 32, 64, 128):
+        if self.unit == "block" and self.value("block_size") not in (16, 32, 64, 128):
             return f"block_size={self.block_size} is not allowed; it must be 16, 32, 64 or 128"
-        if self.unit == "vertical-slash" and self._("verticals") < self._("sinks"):
-            return f"verticals={self._('verticals')} are fewer than the {self._('sinks')} forced sinks"
-        if self.unit == "vertical-slash" and self._("slashes") < self._("local"):
-            return f"slashes={self._('slashes')} are fewer than the {self._('local')} forced local ones"
-        if self.unit == "quest" and self._("budget") < self._("page_size"):
-            return f"budget={self._('budget')} is less than one page of {self._('page_size')} tokens"
+        if self.unit == "vertical-slash" and self.value("verticals") < self.value("sinks"):
+            return (
+                f"verticals={self.value('verticals')} are fewer than the {self.value('sinks')} forced sinks"
+            )
+        if self.unit == "vertical-slash" and self.value("slashes") < self.value("local"):
+            return (
+                f"slashes={self.value('slashes')} are fewer than the {self.value('local')} forced local ones"
+            )
+        if self.unit == "quest" and self.value("budget") < self.value("page_size"):
+            return f"budget={self.value('budget')} is less than one page of {self.value('page_size')} tokens"
         if self.unit in ("snapkv", "ada-snapkv"):
-            if self._("kernel") % 2 == 0:
+            if self.value("kernel") % 2 == 0:
                 return f"kernel={self.kernel} is not allowed; it must be odd"
-            forced = self._("window") + self._("sinks")
-            if self._("capacity") < forced:
-                return f"capacity={self._('capacity')} is less than the {forced} forced tokens"
+            forced = self.value("window") + self.value("sinks")
+            if self.value("capacity") < forced:
+                return f"capacity={self.value('capacity')} is less than the {forced} forced tokens"
         return None
 
-    def _(self, name: str) -> Any:
+    def value(self, name: str) -> Any:
         """A parameter's value: as given, or the unit's own."""
         value = getattr(self, name)
         return DEFAULTS[self.unit][name] if value is None else value
@@ -261,21 +265,21 @@ class SparseFrontier(PrefillMethod, StoreMethod, SelectMethod):
         n_queries, n_keys = x.q.shape[2], x.k.shape[2]
         dense = WindowPattern.dense(n_queries, n_keys)
         if self.unit == "block":
-            size, count = self._("block_size"), self._("blocks")
+            size, count = self.value("block_size"), self.value("blocks")
             return dense if count >= cdiv(n_keys, size) else top_blocks(x, size, count)
         if self.unit == "vertical-slash":
-            verticals, slashes = self._("verticals"), self._("slashes")
+            verticals, slashes = self.value("verticals"), self.value("slashes")
             if max(verticals, slashes) >= n_keys:
                 return dense
-            columns, diagonals = rank(x, self._("probe"), self._("sinks"), self._("local"))
+            columns, diagonals = rank(x, self.value("probe"), self.value("sinks"), self.value("local"))
             return vertical_slash(x, columns, verticals, diagonals, slashes)
-        least, share = self._("min_budget"), self._("coverage")
-        if share == 1 or max(least, self._("local")) >= n_keys:
+        least, share = self.value("min_budget"), self.value("coverage")
+        if share == 1 or max(least, self.value("local")) >= n_keys:
             return dense
-        columns, diagonals = rank(x, self._("probe"), self._("sinks"), self._("local"))
+        columns, diagonals = rank(x, self.value("probe"), self.value("sinks"), self.value("local"))
         counts = [r.covering(share).clamp(least, n_keys) for r in (columns, diagonals)]
         # Without its local diagonals a query would not see itself.
-        counts[1] = counts[1].clamp(min=self._("local"))
+        counts[1] = counts[1].clamp(min=self.value("local"))
         return vertical_slash(x, columns, counts[0], diagonals, counts[1])
 
     # -------------------------------------------------------------------- cache
@@ -289,7 +293,7 @@ class SparseFrontier(PrefillMethod, StoreMethod, SelectMethod):
         learner: torch.nn.Module | None = None,
     ) -> EvictingStore:
         name = f"sparse-frontier:unit={self.unit}"
-        return EvictingStore(self._("probe"), self.keep, self._("capacity"), name)
+        return EvictingStore(self.value("probe"), self.keep, self.value("capacity"), name)
 
     def keep(
         self,
@@ -301,17 +305,17 @@ class SparseFrontier(PrefillMethod, StoreMethod, SelectMethod):
         """The tokens of a prompt that are kept, by its last queries."""
         adaptive = self.unit == "ada-snapkv"
         raw = probe_scores(q, k, scale, "max" if adaptive else "mean", first_key)
-        window, sinks, capacity = self._("window"), self._("sinks"), self._("capacity")
-        scores = eviction_scores(raw, self._("kernel"), window, sinks, first_key)
+        window, sinks, capacity = self.value("window"), self.value("sinks"), self.value("capacity")
+        scores = eviction_scores(raw, self.value("kernel"), window, sinks, first_key)
         if not adaptive:
             return uniform_top(scores, capacity)
-        least = min(capacity, max(int(self._("floor") * capacity), window + sinks))
+        least = min(capacity, max(int(self.value("floor") * capacity), window + sinks))
         return adaptive_top(scores, capacity, least)
 
     # ------------------------------------------------------------------ reading
 
     def new_state(self, layer: int, calibration: Calibration | None = None) -> SelectState:
-        return PageBounds(self._("page_size"))
+        return PageBounds(self.value("page_size"))
 
     def append(self, state: SelectState, k_new: Float[Tensor, "B Hkv n D"]) -> None:
         state.push(k_new)
@@ -327,4 +331,6 @@ class SparseFrontier(PrefillMethod, StoreMethod, SelectMethod):
         self, state: SelectState, x: AttentionInputs, first_key: Int[Tensor, " B"] | None = None
     ) -> Int[Tensor, "B H n"] | None:
         assert isinstance(state, PageBounds)
-        return best_pages(state, x.q, self._("budget") // self._("page_size"), self._("share_pages"))
+        return best_pages(
+            state, x.q, self.value("budget") // self.value("page_size"), self.value("share_pages")
+        )
