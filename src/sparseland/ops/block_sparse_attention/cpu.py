@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparseland.patterns import cdiv
@@ -58,7 +58,7 @@ def forward(
     gathered = q.new_empty(4, capacity // size * dim)
     # Scaling the queries is free; where it would round them, the scores are scaled instead.
     scale_queries = q.dtype == torch.float32 or math.frexp(scale)[0] == 0.5
-    future = torch.full((size, size), -math.inf, dtype=q.dtype).triu_(1)
+    future = torch.ones(size, size, dtype=torch.bool).triu_(1)
 
     start = next((i for i, n in enumerate(lengths) if n), rows)  # rows without keys stay 0
     while start < rows:
@@ -122,7 +122,7 @@ def _mask(
     chosen: Int[Tensor, "n L"],
     shift: Int[Tensor, " n"],
     first_query: Int[Tensor, " n"],
-    future: Float[Tensor, "size size"],
+    future: Bool[Tensor, "size size"],
 ) -> Tensor | None:
     """Hide padding in front and the future at the end; returns the queries that see nothing, if any."""
     size, length = future.shape[0], chosen.shape[1]
@@ -134,7 +134,8 @@ def _mask(
     # can reach past a query.
     on_diagonal = chosen[:, -1] * size == first_query
     if bool(on_diagonal.all()):
-        s[..., -size:] += future
+        # Filled, not added: a NaN among the future keys must not reach the queries before it.
+        s[..., -size:].masked_fill_(future, -math.inf)
         return None
     wide = min(2, length)
     key = (chosen[:, -wide:, None] * size + torch.arange(size)).flatten(1)

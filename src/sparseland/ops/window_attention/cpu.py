@@ -36,8 +36,10 @@ def window_attention(
         out_row, lse_row = torch.unflatten(out[row], 0, shape), torch.unflatten(lse[row], 0, shape)
         if dense:
             _dense(q_row, k_row, v_row, scale, out_row, lse_row)
-        else:
+        elif k_row.sum().isfinite():
             _banded(q_row, k_row, v_row, sinks, window, scale, out_row, lse_row)
+        else:
+            _banded_around_bad_keys(q_row, k_row, v_row, sinks, window, scale, out_row, lse_row)
     return out, lse
 
 
@@ -112,6 +114,32 @@ def _banded(
         )
     if sinks + window == 0:
         lse.fill_(-torch.inf)  # the kernel says 0 for rows that see nothing
+
+
+def _banded_around_bad_keys(
+    q: Float[Tensor, "Hkv G Nq D"],
+    k: Float[Tensor, "Hkv Nk D"],
+    v: Float[Tensor, "Hkv Nk D"],
+    sinks: int,
+    window: int,
+    scale: float,
+    out: Float[Tensor, "Hkv G Nq D"],
+    lse: Float[Tensor, "Hkv G Nq"],
+) -> None:
+    """Queries before a bad key are computed without it: the additive mask lets it through (NaN - inf)."""
+    offset = k.shape[1] - q.shape[2]
+    for h in range(k.shape[0]):
+        at = slice(h, h + 1)
+        bad = (~k[h].isfinite().all(-1)).nonzero()
+        first = int(bad[0]) if len(bad) else k.shape[1]
+        before = min(max(first - offset, 0), q.shape[2])
+        if before:
+            n = offset + before
+            part = (q[at, :, :before], k[at, :n], v[at, :n], sinks, window, scale)
+            _banded(*part, out[at, :, :before], lse[at, :, :before])
+        if before < q.shape[2]:
+            rest = (q[at, :, before:], k[at], v[at], sinks, window, scale)
+            _banded(*rest, out[at, :, before:], lse[at, :, before:])
 
 
 def _mask(
