@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,34 @@ def compare(n: int, dim: int, best: dict[tuple[str, int, int], Tile]) -> list[di
     return rows
 
 
+def lists_only(n: int, dim: int) -> list[dict[str, Any]]:
+    """Forward on random lists by the kernels for Hopper only: the short form of :func:`compare`."""
+    from sparseland.ops.block_sparse_attention import fa4, gluon
+
+    x = qkv(n, dim)
+    rival, dense_ms = fastest(dense_rivals(x, backward=False), "forward")
+    rows: list[dict[str, Any]] = []
+    for share in (0.1, 0.05, 0.02):
+        for uneven in (False, True):
+            pattern = random_lists(n, 128, share, uneven)
+            density = float(pattern.density().mean())
+            lists = (pattern.counts, pattern.indices, 128, dim**-0.5)
+            results = {}
+            for name, module in (("gluon", gluon), ("fa4", fa4)):
+                call = partial(module.forward, *x[:3], *lists)
+                results[name] = call()[0]
+                ms = milliseconds(call, 0.2)
+                rows.append(
+                    {
+                        "N": n, "D": dim, "what": f"{name} block 128", "direction": "forward",
+                        "lists": "uneven" if uneven else "even", "density": density, "ms": ms,
+                        "ideal_ms": density * dense_ms, "ideal_of": rival, "of_ideal": density * dense_ms / ms,
+                        "against_gluon": error(results[name], results["gluon"]),
+                    }
+                )  # fmt: skip
+    return rows
+
+
 def tuned(kind: str, dim: int, size: int, best: dict[tuple[str, int, int], Tile]) -> tuple[Tile, ...] | None:
     tile = best.get((kind, dim, size))
     return (tile,) if tile else None
@@ -382,6 +411,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="fewer sizes, 32K tokens only, no sweep")
+    parser.add_argument(
+        "--lists-only", action="store_true", help="forward on random lists at 128K, nothing else"
+    )
     options = parser.parse_args()
     started = time.time()
     result: dict[str, Any] = {
@@ -406,6 +438,11 @@ def main() -> None:
         print(f"[{time.time() - started:5.0f} s] {name}", flush=True)
         torch.cuda.empty_cache()
 
+    if options.lists_only:
+        for dim in (128, 64):
+            section(f"lists 131072 D{dim}", lambda dim=dim: lists_only(131072, dim))
+        report(result)
+        return
     sizes = ((64, 128), (128, 128)) if options.quick else SIZES
     keys = [] if options.quick else list(CANDIDATES)
     jobs: list[tuple[str, int, int, Tile | None]] = []
