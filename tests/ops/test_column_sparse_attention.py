@@ -191,7 +191,9 @@ def test_expanded_lists_are_not_copied(backend: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the tiles of the table are larger than the interpreter is fast")
 @pytest.mark.parametrize("tile", [Tile(16, 64, 4, 2), Tile(64, 16, 4, 3, True)], ids=str)
-def test_any_tile_gives_the_same(tile: Tile) -> None:
+@pytest.mark.parametrize("wide", [False, True])
+def test_any_tile_gives_the_same(tile: Tile, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "INT32", 0 if wide else 1 << 31)
     case = (1, 2, 1, 140, 203, 32, 64)
     q, k, v = inputs(case)
     p = grouped_union_for(case, times=2)

@@ -59,17 +59,24 @@ TILES = {
 # fp32 products use no tensor cores here (they would round to tf32), and larger tiles only spill registers.
 FULL_PRECISION = (Tile(32, 32, 8, 1), Tile(16, 16, 4, 1))
 
+# Heads of this many elements need 64-bit offsets.
+INT32 = 1 << 31
+
 # Behind the last position of a list: a key in every query's future (positions fit into int32).
 NONE = tl.constexpr(2147483647)
 
 
 @triton.jit
 def _gather(
-    x, i_k, stride, Nk, D: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
+    x, i_k, stride, Nk, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The rows ``i_k [BN]`` of one head as a [BN, BD] tile; MASKED: those at Nk or later are 0."""
     i_d = tl.arange(0, BD)
-    p_x = x + i_k.to(tl.int64)[:, None] * stride + i_d[None, :]
+    if MASKED:
+        i_k = tl.where(i_k < Nk, i_k, Nk)  # the product below must not overflow
+    # 64 bits only where a head passes 2^31 elements: row offsets take registers, and these are few.
+    i_x = (i_k.to(tl.int64) if WIDE else i_k) * stride
+    p_x = x + i_x[:, None] + i_d[None, :]
     if MASKED:
         b_x = tl.load(p_x, mask=(i_k < Nk)[:, None] & (i_d < D)[None, :], other=0.0)
     elif D == BD:
@@ -82,15 +89,15 @@ def _gather(
 @triton.jit
 def _walk_columns(
     acc, b_m, b_l, b_q, k, v, stride_kn, stride_vn, columns, start, stop, count, position, Nk, scale_log2,
-    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the columns [start, stop) of ``columns[:count]``, BN at a time."""
     i_n = tl.arange(0, BN)
     b_next = tl.load(columns + start + i_n, mask=start + i_n < count, other=NONE)
     for i in range(start, stop, BN):
         i_k = b_next
-        b_k = _gather(k, i_k, stride_kn, Nk, D, BD, MASKED)
-        b_v = _gather(v, i_k, stride_vn, Nk, D, BD, MASKED)
+        b_k = _gather(k, i_k, stride_kn, Nk, D, BD, WIDE, MASKED)
+        b_v = _gather(v, i_k, stride_vn, Nk, D, BD, WIDE, MASKED)
         b_next = tl.load(columns + i + BN + i_n, mask=i + BN + i_n < count, other=NONE)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         if MASKED:
@@ -117,7 +124,7 @@ def _forward_kernel(
     stride_cm, stride_ob, stride_oh,
     H, G, Nq, Nk, share, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BB: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+    BB: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """BB: keys of a tile of blocks. Strides: b and t of block counts and lists, c and n of columns'."""
     # Query tiles run fastest: programs that are alive together share one head's keys and values.
@@ -171,11 +178,11 @@ def _forward_kernel(
             seen -= BN
         acc, b_m, b_l = _walk_columns(
             acc, b_m, b_l, b_q, k, v, stride_kn, stride_vn, columns, 0, seen, count, position, Nk,
-            scale_log2, D, BD, BN, False,
+            scale_log2, D, BD, BN, WIDE, False,
         )  # fmt: skip
         acc, b_m, b_l = _walk_columns(
             acc, b_m, b_l, b_q, k, v, stride_kn, stride_vn, columns, seen, stop, count, position, Nk,
-            scale_log2, D, BD, BN, True,
+            scale_log2, D, BD, BN, WIDE, True,
         )  # fmt: skip
 
     got = b_l > 0
@@ -211,6 +218,7 @@ def block_column_attention(
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     share, BD = column_size // block_size, padded(D)
+    wide = (Nk + 1) * max(k.stride(2), v.stride(2)) >= INT32
     has_blocks, has_columns = block_indices.shape[3] > 0, column_indices.shape[3] > 0
     of_columns = column_counts.repeat_interleave(share, 2)[:, :, :M] if share > 1 else column_counts
     order = longest_first(block_counts * block_size + of_columns).expand(B, H, -1)
@@ -224,7 +232,7 @@ def block_column_attention(
             q, k, v, out, lse, *lists, order, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *lists[0].stride()[:2], *lists[1].stride()[:3], *lists[2].stride()[:2], *lists[3].stride()[:3],
             *order.stride()[:2], H, H // k.shape[1], Nq, Nk, share, scale * LOG2E.value,
-            D, BD, block_size, BM, tile.BN, BB, has_blocks, has_columns, tile.tma,
+            D, BD, block_size, BM, tile.BN, BB, has_blocks, has_columns, wide, tile.tma,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
