@@ -361,7 +361,8 @@ def lists_only(n: int, dim: int) -> list[dict[str, Any]]:
                     {
                         "N": n, "D": dim, "what": f"{name} block 128", "direction": "forward",
                         "lists": "uneven" if uneven else "even", "density": density, "ms": ms,
-                        "ideal_ms": density * dense_ms, "ideal_of": rival, "of_ideal": density * dense_ms / ms,
+                        "ideal_ms": density * dense_ms, "ideal_of": rival,
+                        "of_ideal": density * dense_ms / ms,
                         "against_gluon": error(results[name], results["gluon"]),
                     }
                 )  # fmt: skip
