@@ -181,6 +181,16 @@ def test_lists_are_as_short_as_can_be_known() -> None:
     assert select_blocks(q, k, 1024, 1024, 16, scale=1.0, top=5, dense_rows=1).indices.shape[-1] == 64
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lists_under_autocast(backend: str) -> None:
+    q, k = vectors(ROWS[0])
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        half = select_blocks(q.bfloat16(), k.bfloat16(), 112, 112, 16, scale=1.0, top=3, backend=backend)
+    full = select_blocks(q.bfloat16().float(), k.bfloat16().float(), 112, 112, 16, scale=1.0, top=3)
+    assert (half.block_mask() != full.block_mask()).float().mean() < 0.1
+    assert torch.equal(half.counts, full.counts)
+
+
 def test_opcheck() -> None:
     x = torch.randn(1, 2, 40, 16, device=DEVICE)
     torch.library.opcheck(torch.ops.sparseland.unrotated_pool.default, (x, *tables(40, 16), 16, True, ""))

@@ -179,12 +179,13 @@ def _select(
     if counts.numel() == 0:
         return counts, indices
     module = choose("select_blocks", _SELECT, backend, queries, columns).load()
-    keys = keys.mT * scale
+    queries, keys = queries.float(), keys.float().mT * scale
     step = max(1, _CHUNK // max(1, B * H * columns))
     for start in range(0, rows, step):
         end = min(start + step, rows)
         seen = cdiv(min(end * block_size, n_queries) + n_keys - n_queries, block_size)
-        scores = queries[:, :, start:end] @ keys[..., :seen]
+        # Autocast would hand over half precision.
+        scores = (queries[:, :, start:end] @ keys[..., :seen]).float()
         module.write_lists(
             scores, counts[:, :, start:end], indices[:, :, start:end], start, rows, n_queries, n_keys,
             block_size, threshold, top, dense_rows,

@@ -78,9 +78,11 @@ def pool(
     out = torch.empty(B, H, M, 3 * D if extremes else D, dtype=torch.float32, device=x.device)
     rest = D - 2 * half
     BH, BP = (triton.next_power_of_2(n) if n else 0 for n in (half, rest))
+    # A program holds four tiles at once: two halves of the channels, cosine and sine.
+    warps = 4 if block_size * max(BH, BP) <= 2048 else 8
     _pool_kernel[(M, B * H)](
         x, cos, sin, out, *x.stride()[:3], cos.stride(0), sin.stride(0), H, N, M,
-        D, half, BH, BP, block_size, extremes, num_warps=4,
+        D, half, BH, BP, block_size, extremes, num_warps=warps,
     )  # fmt: skip
     return out
 
