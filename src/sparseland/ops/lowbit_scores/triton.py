@@ -209,7 +209,7 @@ def tile_bits(
     k4 = torch.empty(B * Hkv, n_keys, BD, dtype=torch.int8, device=device)
     k_scale = torch.empty(B * Hkv, n_keys, dtype=torch.float32, device=device)
     shift = torch.empty(B * Hq, n_keys, dtype=torch.float32, device=device)
-    BN = 64 if BD <= 128 else 32
+    BN = 64 if BD <= 64 else 32  # more rows would not fit into the registers
     _keys[(triton.cdiv(n_keys, BN), B * Hkv)](
         k, k_mean, q_mean, k4, k_scale, shift, *k.stride()[:3], Hkv, G, n_keys, D, scale,
         BN=BN, BD=BD, num_warps=4,
@@ -220,7 +220,7 @@ def tile_bits(
     threshold = torch.empty_like(q_scale)
     _queries[(Mq, B * Hq)](
         q, k, q_mean, k_mean, log_tau, q4, q_scale, threshold, *q.stride()[:3], *k.stride()[:3],
-        Hq, G, n_queries, n_keys, D, scale, ROW=ROWS, BN=BN, BD=BD, num_warps=4, num_stages=2,
+        Hq, G, n_queries, n_keys, D, scale, ROW=ROWS, BN=64, BD=BD, num_warps=4, num_stages=2,
     )  # fmt: skip
 
     words = torch.zeros(B, Hq, Mq, W, dtype=torch.int32, device=device)
