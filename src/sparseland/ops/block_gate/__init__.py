@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparseland.errors import SparselandError
-from sparseland.ops._dispatch import Backend, choose, why_no_triton
+from sparseland.ops._dispatch import Backend, choose, on_cpu, why_no_triton
 from sparseland.patterns import BlockPattern, cdiv
 
 __all__ = ["select_blocks", "unrotated_pool"]
@@ -42,14 +42,15 @@ def _why_no_select(scores: Tensor, columns: int) -> str | None:
     return why_no_triton(scores)
 
 
-_POOL = (
-    Backend("triton", f"{__name__}.triton", _why_no_pool),
-    Backend("torch", f"{__name__}.plain", lambda *_: None),
+# The reference is whole-tensor PyTorch, which nothing on a CPU beats by much: it is the `cpu` backend too, so
+# that a process-wide choice of that holds here.
+_PLAIN = (
+    Backend("cpu", f"{__name__}.reference", lambda x, _: on_cpu(x)),
+    Backend("torch", f"{__name__}.reference", lambda *_: None),
+    Backend("reference", f"{__name__}.reference", lambda *_: None),
 )
-_SELECT = (
-    Backend("triton", f"{__name__}.triton", _why_no_select),
-    Backend("torch", f"{__name__}.plain", lambda *_: None),
-)
+_POOL = (Backend("triton", f"{__name__}.triton", _why_no_pool), *_PLAIN)
+_SELECT = (Backend("triton", f"{__name__}.triton", _why_no_select), *_PLAIN)
 
 
 def unrotated_pool(
@@ -68,7 +69,7 @@ def unrotated_pool(
         tables: cosine and sine ``[N, R / 2]`` of these tokens' positions; None: they were not turned.
         extremes: largest, smallest and mean value of each channel, in this order, ``C = 3 D``; else the
             mean alone, ``C = D``.
-        backend: ``triton`` or ``torch``; by default the fastest that can.
+        backend: ``triton``, ``cpu``, ``torch`` or ``reference``; by default the fastest that can.
 
     Returns:
         ``[B, H, ceil(N / block_size), C]`` float32.
@@ -136,7 +137,7 @@ def select_blocks(
         threshold: part of a row's softmax, above 0; exactly one of ``threshold`` and ``top`` is given.
         top: blocks per row, 1 or more.
         dense_rows: the last so many query blocks keep everything.
-        backend: ``triton`` or ``torch``; by default the fastest that can.
+        backend: ``triton``, ``cpu``, ``torch`` or ``reference``; by default the fastest that can.
 
     Raises:
         SparselandError: shapes don't fit, not exactly one rule, or the requested backend can't run.

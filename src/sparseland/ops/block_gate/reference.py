@@ -1,4 +1,4 @@
-"""Both in whole-tensor PyTorch: on CPUs, and the specification of the kernels."""
+"""Both in whole-tensor PyTorch: what the kernels must equal, and fast enough for CPUs."""
 
 from __future__ import annotations
 
