@@ -130,7 +130,10 @@ def _which_cpu() -> dict[str, Any] | None:
 
 
 def _which_frontier() -> dict[str, Any] | None:
-    run = read(RESULTS / "frontier_default.json")
+    path = RESULTS / "frontier_default.json"
+    if not path.exists():
+        return None
+    run = read(path)
     choice, tolerance = run["choice"], run.get("tolerance", 0.01)
     rows = [
         r

@@ -195,9 +195,25 @@ def write_sample(path: Path, lengths: tuple[int, ...] = (2048, 4096), *, finishe
             "recipe_file": "recipe.json",
         }
     )
+    lines += inspections(4096)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     path.write_text(text if finished else text[: text.rindex('{"kind": "map"') + 40], encoding="utf-8")
     return path
+
+
+def inspections(length: int) -> list[dict[str, Any]]:
+    """Recall and the split of attention time of two methods' settings."""
+    numbers = {
+        "flexprefill:gamma=0.95": (0.45, 0.97, 0.2, 1.1), "flexprefill": (0.3, 0.93, 0.2, 0.8),
+        "minference": (0.5, 0.95, 0.4, 1.4), "minference:budget=1/4": (0.28, 0.84, 0.4, 0.9),
+    }  # fmt: skip
+    return [
+        {
+            "kind": "inspection", "recipe": [spec], "length": length, "density": density, "recall": recall,
+            "select_s": select, "attend_s": attend,
+        }
+        for spec, (density, recall, select, attend) in numbers.items()
+    ]  # fmt: skip
 
 
 def attention_map(

@@ -97,14 +97,24 @@ def test_hostile_names_stay_text(sample):
 
 def test_every_plot_is_well_formed_and_follows_the_theme(page):
     plots = re.findall(r"<svg role=.*?</svg>", page, flags=re.DOTALL)
-    # Five trade-offs a length, four density maps, four attention maps.
-    assert len(plots) == 2 * 5 + 4 + 4
+    # Five trade-offs a length, seven density maps, four attention maps, recall against density.
+    assert len(plots) == 2 * 5 + 7 + 4 + 1
     for plot in plots:
         root = ET.fromstring(plot.replace(" href=", " data-href="))
         assert "viewBox" in root.attrib
         assert "width" not in root.attrib
         assert "var(--ink)" in plot
     assert not re.search("#0102[01]", page)
+
+
+def test_selections_show_recall_and_the_split_of_time(page):
+    section = page[page.index('<section id="selection">') :]
+    section = section[: section.index("</section>")]
+    assert section.count('class="bar"') == 4
+    # The slowest fills the width: 0.4 s of 1.8 s are choosing.
+    assert 'class="select" style="width: 22.2%"' in section
+    assert "0.400 s choosing, 1.40 s computing" in section
+    assert "recall 0.970" in section
 
 
 def test_each_point_tells_its_numbers_without_scripts(page, sample):
