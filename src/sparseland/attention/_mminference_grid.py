@@ -32,7 +32,7 @@ from sparseland.ops.top_values import top_mask
 from sparseland.patterns import Part
 
 CANDIDATES = 6  # strides that are tried exactly, by diagonals and by columns each
-LARGEST = 4096  # tokens of a frame
+SMALLEST, LARGEST = 8, 4096  # tokens of a frame
 NEIGHBOURS = 2  # tried around a known stride: separator tokens shift it
 
 
@@ -69,12 +69,12 @@ def _hints(index: MixedIndex, segment: int, n: int) -> tuple[int, ...]:
     """Strides to try in any case: what the model's call says, and frames that text sets apart."""
     known = {*index.x.strides, *([f] if (f := index.layout.frames(segment)) else [])}
     near = {s + d for s in known for d in range(-NEIGHBOURS, NEIGHBOURS + 1)}
-    return tuple(sorted(s for s in near if 2 <= s <= _largest(n)))
+    return tuple(sorted(s for s in near if SMALLEST <= s <= _largest(n)))
 
 
 def _largest(n: int) -> int:
     """A stride of which a video of n tokens shows at least three periods."""
-    return max(2, min(n // 3, LARGEST))
+    return max(SMALLEST, min(n // 3, LARGEST))
 
 
 def best_stride(
@@ -100,8 +100,8 @@ def best_stride(
     by_columns = _over_multiples(repeats, largest)
     found = []
     for scores in (by_slash, by_columns):
-        scores[..., :2] = -torch.inf
-        found.append(scores.topk(min(CANDIDATES, largest - 1), dim=-1).indices)
+        scores[..., :SMALLEST] = -torch.inf
+        found.append(scores.topk(min(CANDIDATES, largest - SMALLEST + 1), dim=-1).indices)
     if hints:
         found.append(on_device(hints, device).expand(*columns.shape[:2], -1))
     strides = torch.cat(found, -1)  # [B, h, K]
