@@ -1,7 +1,7 @@
 """SeerAttention: small learned gates say which key blocks matter, taught by the model's own attention.
 
-Gao et al.: *SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs* (2024), section 3; decoding:
-Gao et al.: *SeerAttention-R: Sparse Attention Adaptation for Long Reasoning* (2025), section 3.
+Gao et al.: *SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs* (2024); decoding:
+Gao et al.: *SeerAttention-R: Sparse Attention Adaptation for Long Reasoning* (2025).
 
 With blocks of b tokens and q, k as they are *before* RoPE, per query head::
 
@@ -57,7 +57,7 @@ class SeerAttention(PrefillMethod, SelectMethod):
     card: ClassVar[Card] = Card(
         slug="seer-attention",
         title="SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs",
-        paper="Gao et al. 2024, arXiv 2410.13276, NeurIPS 2025; decoding: SeerAttention-R, arXiv 2506.08889",
+        paper="Gao et al. 2024, arXiv 2410.13276, NeurIPS 2025; decoding: SeerAttention-R, 2025",
         site="attention",
         training="training",
         summary="small gates, trained on the model's own attention, say which key blocks to read",

@@ -1,6 +1,6 @@
 """Rotary position embedding on half-split channels, forth and back, by tables of cosine and sine.
 
-Su et al. 2021, "RoFormer", section 3.2, in the layout of Llama: channel ``r`` turns with ``r + R / 2``::
+Su et al. 2021, "RoFormer", in the layout of Llama: channel ``r`` turns with ``r + R / 2``::
 
     y_r  = x_r cos - x_r' sin          x_r  = (y_r cos + y_r' sin) / (cos^2 + sin^2)
     y_r' = x_r' cos + x_r sin          x_r' = (y_r' cos - y_r sin) / (cos^2 + sin^2)

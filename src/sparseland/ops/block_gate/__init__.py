@@ -4,7 +4,7 @@ Both are one pass over memory on a GPU: :func:`unrotated_pool` turns tokens back
 registers, :func:`select_blocks` reads each row of scores once and writes its list. Nothing synchronises with
 the host.
 
-Source: Gao et al. 2024, "SeerAttention", section 3.1 (pooling) and 3.3 (threshold and top-k).
+Source: Gao et al. 2024, "SeerAttention": pooling, threshold and top-k.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Largest attention probability inside each tile of queries and keys: what learned block gates imitate.
 
-Source: Gao et al. 2024, "SeerAttention", section 3.2 (the 2-D max-pooled attention map, from a modified
-flash attention); Gao et al. 2025, "SeerAttention-R", section 3 (per query, for decoding).
+Source: Gao et al. 2024, "SeerAttention" (the 2-D max-pooled attention map, from a modified
+flash attention); Gao et al. 2025, "SeerAttention-R" (per query, for decoding).
 
 No gradient: it is a teacher's output.
 """
