@@ -91,7 +91,7 @@ def probed(page, tmp_path_factory):
 def test_opens_with_its_plots_and_a_clean_console(page_file, tmp_path):
     dom, console = dump(page_file, tmp_path / "profile", "--window-size=1280,1000")
     assert console == []
-    assert len(re.findall(r"<figure[^>]*>.*?<svg", dom)) >= 2 * 5 + 4 + 4
+    assert len(re.findall(r"<figure[^>]*>.*?<svg", dom)) >= 2 * 5 + 7 + 4 + 1
     assert 'class="tip"' in dom  # the script ran
 
 
@@ -108,7 +108,7 @@ def test_nothing_overflows_and_all_is_drawn(probed, name, width):
     assert found["width"] == width
     assert found["scroll"] == width
     assert found["beyond"] == []
-    assert len(found["plots"]) == 2 * 5 + 4 + 4
+    assert len(found["plots"]) == 2 * 5 + 7 + 4 + 1
     assert min(found["plots"]) > 100
     assert found["tables"] == 2
 
