@@ -54,7 +54,7 @@ def literal(
     return mask
 
 
-@pytest.mark.parametrize(("n_queries", "n_keys"), [(200, 200), (64, 192), (61, 190), (1, 155), (40, 181)])
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(118, 118), (48, 128), (45, 126), (1, 123)])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_the_pattern_is_the_rule(inputs, n_queries, n_keys, setting):
     m = S2Attention(**{**SMALL, **setting})

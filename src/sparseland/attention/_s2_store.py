@@ -74,6 +74,7 @@ class ShardStore(KVStore):
         self._sparse: tuple[Tensor, Tensor] | None = None  # [B, Hs, ring + slots + 1, D]; the last is a bin
         self._whole: tuple[Tensor, Tensor] | None = None  # heads that keep everything, [B, Hf, capacity, D]
         self._table: Int[Tensor, "Hs r"] | None = None  # residues that each sparse key head keeps
+        self._residues: Int[Tensor, " L"] | None = None  # the shards', on the device
 
     def __len__(self) -> int:
         return self._total
@@ -210,7 +211,9 @@ class ShardStore(KVStore):
         assert self._first is not None
         kv_heads = sum(t[0].shape[1] for t in (self._sparse, self._whole) if t is not None)
         group = q.shape[1] // kv_heads
-        residues = torch.tensor(self._shards.residues, device=q.device)
+        if self._residues is None:
+            self._residues = torch.tensor(self._shards.residues, device=q.device)
+        residues = self._residues
         per_list = q.shape[1] // len(residues)
         n_sparse = 0 if self._sparse is None else self._sparse[0].shape[1] * group
         parts = []

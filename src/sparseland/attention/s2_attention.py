@@ -126,20 +126,23 @@ class S2Attention(PrefillMethod, StoreMethod):
 
     def residues(self, layer: int, heads: int, kv_heads: int) -> tuple[int, ...]:
         """Per head that has a shard, which blocks it sees beside the window: J mod v; -1 for dense heads."""
+        sparse, step, shift = self._steps(layer, heads, kv_heads)
+        shards = tuple(-(h * step + shift) % self.vert_stride for h in range(sparse))
+        return shards + (-1,) * self.dense_heads
+
+    def _steps(self, layer: int, heads: int, kv_heads: int) -> tuple[int, int, int]:
+        """Heads whose shard is not everything, the step from one's to the next, the shift of the first."""
         lists = kv_heads if self.shards == "kv" else heads
-        v, sparse = self.vert_stride, lists - self.dense_heads
+        sparse, step, shift = lists - self.dense_heads, max(1, self.vert_stride // heads), self.offset
         if sparse < 0:
             raise SparselandError(
                 f"s2-attention: dense_heads={self.dense_heads} is above the {lists} heads that have shards"
             )
-        step = max(1, v // heads)
-        shift = self.offset
         if self.cover == "layers":
             # Each sparse layer takes up where the one before ended; between multiples of a step, by one.
             turn = sum(not self.is_dense(i) for i in range(layer))
             shift += turn % step + turn // step * sparse * step
-        shards = [0 if self.homo_head else h for h in range(sparse)]
-        return tuple(-(h * step + shift) % v for h in shards) + (-1,) * self.dense_heads
+        return sparse, 0 if self.homo_head else step, shift
 
     def check_cover(self, heads: int, kv_heads: int, n_layers: int | None) -> None:
         """Refuse shards that leave blocks that nobody sees.
@@ -178,7 +181,10 @@ class S2Attention(PrefillMethod, StoreMethod):
         all_dense = self.vert_stride == 1 or all(r < 0 for r in residues)
         if self.is_dense(x.layer) or all_dense or cdiv(n_keys, size) <= self.local_blocks:
             return WindowPattern.dense(n_queries, n_keys)
-        residue = torch.tensor(residues, device=x.q.device)
+        # The same numbers made on the device: copying them there would wait for it.
+        sparse, step, shift = self._steps(x.layer, heads, kv_heads)
+        head = torch.arange(len(residues), device=x.q.device)
+        residue = torch.where(head < sparse, torch.remainder(-(head * step + shift), self.vert_stride), -1)
         group = heads // len(residues)
         if x.offset % size:
             return self._token_pattern(residues, residue, n_queries, n_keys, group)
