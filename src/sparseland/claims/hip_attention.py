@@ -17,7 +17,7 @@ import sparseland as sl
 from sparseland.attention.hip_attention import HipAttention
 from sparseland.attention.streaming import Streaming
 from sparseland.claims._prefill import CONTEXT, Kept, Window
-from sparseland.measure import run_window, timed
+from sparseland.measure import DECODE_TOKENS, run_window, timed
 from sparseland.method import AttentionInputs
 from sparseland.models import load_model
 from sparseland.models.capture import capture_qkv
@@ -36,7 +36,6 @@ CLAIM = (
 TOLERANCE = 0.01
 # Time grows with this power of the length or less: N log N is N^1.1 at these lengths, dense N^2.
 SUBQUADRATIC = 1.5
-DECODED = 32
 LENGTHS = tuple(1 << i for i in range(13, 20))  # 8K to 512K tokens
 CPU_LENGTHS = (2048, 4096, 8192, 16_384)
 
@@ -166,15 +165,15 @@ def decoded(
     window: Window, method: HipAttention, seed: int, refreshes: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Loss of tokens decoded after a dense prompt, dense and with selections kept for some steps."""
-    ids, length = window.ids[0], window.length - DECODED - 1
+    ids, length = window.ids[0], window.length - DECODE_TOKENS - 1
     settings = {f"decoding, refresh {r}": replace(method, refresh=r) for r in refreshes}
     rows = []
     for name, setting in {"decoding, dense": None, **settings}.items():
         if setting is None:
-            run, read = run_window(window.model, ids, length, decode_tokens=DECODED), 1.0
+            run, read = run_window(window.model, ids, length), 1.0
         else:
             with sl.apply(window.model, setting) as handle:
-                run = run_window(window.model, ids, length, decode_tokens=DECODED)
+                run = run_window(window.model, ids, length)
                 read = handle.stats().decode_density or 1.0
         loss = cross_entropy(run.decode_logits, ids[length : length + len(run.decode_logits)].cpu())
         rows.append({"setting": name, "loss": loss, "decode_density": read, "decode_ms": run.decode_ms})
