@@ -66,6 +66,7 @@ class MoA(PrefillMethod, StoreMethod):
             "possible in the released code",
         ),
         limits=(
+            "the influence of a few thousand tokens is noisy: more rows of calibration text, better plans",
             "windows are those of the prompt plus new_tokens: later they slide, but no longer grow",
             "what has left a head's window is gone for that head",
             "a prompt in pieces has the windows of the length so far, not of the whole",
