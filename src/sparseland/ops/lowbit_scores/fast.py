@@ -59,29 +59,47 @@ def tile_bits(
     right = _factors(columns, shift, dtype, first=True).reshape(B * Hq, n_keys, -1).mT
 
     words = torch.zeros(B * Hq, blocks, n_words(n_queries, n_keys), dtype=torch.int32, device=device)
-    budget = (_CPU_BYTES if device.type == "cpu" else _GPU_BYTES) // left.element_size()
-    piece = max(KEYS, budget // (B * Hq * _BLOCKS * ROWS) // KEYS * KEYS)
-    scores = left.new_empty(B * Hq * _BLOCKS * ROWS * piece)
     last = judged(n_queries, n_keys, device)
+    scores = _buffer(left)
     for u in range(0, blocks, _BLOCKS):
         end = min(u + _BLOCKS, blocks)
         count = n_judged(end - 1, n_queries, n_keys)
         if count == 0:
             continue
-        part = left[:, u * ROWS : end * ROWS]
         best = left.new_empty(B * Hq, end - u, count * KEYS)
-        for j in range(0, count * KEYS, piece):
-            width = min(piece, count * KEYS - j)
-            shape = (B * Hq, part.shape[1], width)
-            out = scores[: part.shape[1] * width * B * Hq].view(shape)
-            torch.bmm(part, right[:, :, KEYS + j : KEYS + j + width], out=out)
-            torch.amax(torch.unflatten(out, 1, (-1, ROWS)), 2, out=best[:, :, j : j + width])
+        _largest_of_rows(left[:, u * ROWS : end * ROWS], right[:, :, KEYS : KEYS * (1 + count)], scores, best)
         # Not "> 0": a NaN is an infinite c_j met by a row of padding.
         kept = ~(torch.unflatten(best, -1, (count, KEYS)).amax(-1) <= 0)
         kept &= torch.arange(count, device=device) < last[u:end, None]
         packed = pack(kept)
         words[:, u:end, : packed.shape[-1]] = packed
     return words.view(B, Hq, blocks, -1)
+
+
+def _buffer(left: Float[Tensor, "BH n E"]) -> Float[Tensor, "h e"]:
+    """Room for scores: of all heads on a GPU, of one on a CPU, where a long stretch stays in the cache."""
+    heads, size = (1, _CPU_BYTES) if left.device.type == "cpu" else (left.shape[0], _GPU_BYTES)
+    return left.new_empty(heads, max(_BLOCKS * ROWS * KEYS, size // left.element_size() // heads))
+
+
+def _largest_of_rows(
+    left: Float[Tensor, "BH R E"],
+    right: Float[Tensor, "BH E n"],
+    scores: Float[Tensor, "h e"],
+    best: Float[Tensor, "BH u n"],
+) -> None:
+    """Writes, per block of 64 rows and key, the largest product; as many heads and keys at a time as fit."""
+    heads, rows, n = scores.shape[0], left.shape[1], right.shape[2]
+    piece = scores.shape[1] // rows // KEYS * KEYS
+    for h in range(0, left.shape[0], heads):
+        for j in range(0, n, piece):
+            width = min(piece, n - j)
+            out = scores[:, : rows * width].view(heads, rows, width)
+            if heads == 1:  # a single product takes strided factors as they are
+                torch.mm(left[h], right[h, :, j : j + width], out=out[0])
+            else:
+                torch.bmm(left, right[:, :, j : j + width], out=out)
+            torch.amax(torch.unflatten(out, 1, (-1, ROWS)), 2, out=best[h : h + heads, :, j : j + width])
 
 
 def quantize(x: Float[Tensor, "*batch D"]) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch"]]:
@@ -109,7 +127,9 @@ def _thresholds(
         # Only the last n keys can lie after a row.
         future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
         torch.unflatten(logits, 1, (-1, n))[..., -n:].masked_fill_(future, -torch.inf)
-        result[:, :, block * ROWS : block * ROWS + n] = logits.logsumexp(-1).view(B, Hq, n)
+        peak = logits.amax(-1, keepdim=True)
+        total = logits.sub_(peak).exp_().sum(-1).log_() + peak.squeeze(-1)
+        result[:, :, block * ROWS : block * ROWS + n] = total.view(B, Hq, n)
     return torch.where(result.isfinite(), result, -torch.inf)
 
 
