@@ -123,9 +123,9 @@ def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
             "length": length,
         },
         "differs": (
-            f"SmolLM2-135M (90 key heads) on Python's documentation, searched on {searched * pieces} tokens and "
-            f"tried on windows of {length}; loss instead of retrieval benchmarks at smoke scale; the profiled loss is that of "
-            "text; no batch that fills the memory, so no throughput"
+            f"SmolLM2-135M (90 key heads) on Python's documentation, searched on {searched * pieces} "
+            f"tokens and tried on windows of {length}; loss instead of retrieval benchmarks at smoke scale; "
+            "the profiled loss is that of text; no batch that fills the memory, so no throughput"
         ),
         "holds": bool(correlation > 0.3 and all(gain > 0 for gain in gains)),
         "rows": rows,
