@@ -123,7 +123,7 @@ def _candidates(options: FrontierOptions) -> list[Method]:
     """The methods to measure, grids expanded; controls wait for a density to be compared at."""
     longest = max(options.lengths)
     chosen: list[Method] = []
-    for spec in options.methods or [s for s in method_slugs() if s not in untrained()]:
+    for spec in options.methods or [s for s in method_slugs() if s not in left_out()]:
         if ":" in spec:
             chosen.append(parse_spec(spec))
         elif not method_class(spec).card.control:
@@ -133,9 +133,14 @@ def _candidates(options: FrontierOptions) -> list[Method]:
     return chosen
 
 
-def untrained() -> list[str]:
-    """Methods that a run measures only if they are named: what they add has to be trained first."""
-    return [s for s in method_slugs() if method_class(s).card.training == "training"]
+def left_out() -> list[str]:
+    """Methods measured only if they are named: what has to be trained first, or is for images and video."""
+    classes = [method_class(slug) for slug in method_slugs()]
+    return [
+        cls.card.slug
+        for cls in classes
+        if cls.card.training == "training" or getattr(cls, "for_vision", False)
+    ]
 
 
 def _fingerprint(options: FrontierOptions, model: torch.nn.Module, ids: Tensor) -> str:
@@ -461,7 +466,7 @@ class _Job:
             },
             "text": {"name": str(self.options.text or "Python documentation"), "tokens": self.ids.numel()},
             "lengths": self.lengths, "tolerance": self.options.tolerance,
-            "not_measured": [] if self.options.methods else untrained(),
+            "not_measured": [] if self.options.methods else left_out(),
         }  # fmt: skip
 
     def _tick(self, message: str, tokens: float) -> None:

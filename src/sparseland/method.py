@@ -276,6 +276,8 @@ class PrefillMethod(Method):
 
     looks_ahead: ClassVar[bool] = True
     chunkable: ClassVar[bool] = False
+    # For prompts with images or video; on text alone it is another method under another name.
+    for_vision: ClassVar[bool] = False
     reads_vision: ClassVar[bool] = False
     shares_group: ClassVar[bool] = False
 

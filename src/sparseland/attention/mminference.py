@@ -56,6 +56,7 @@ class MMInference(PrefillMethod):
     the sizes that were found.
     """
 
+    for_vision: ClassVar[bool] = True
     card: ClassVar[Card] = Card(
         slug="mminference",
         title="MMInference: Accelerating Pre-filling for Long-Context VLMs via Modality-Aware Permutation "

@@ -120,7 +120,7 @@ def protocol(results: Results) -> list[tuple[str, str]]:
 
 
 def _left_out(slugs: Any) -> str:
-    return f"{_words(*slugs)}: they have to be trained first" if slugs else ""
+    return f"{_words(*slugs)}: they have to be trained first, or are for images and video" if slugs else ""
 
 
 def _count(row: dict[str, Any], key: str, unit: str) -> str:
