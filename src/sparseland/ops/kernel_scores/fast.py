@@ -78,7 +78,8 @@ def scores(
         part = q[:, :, start : start + rows]
         length = n_keys - n_queries + start + part.shape[2]
         positions = torch.arange(length - part.shape[2], length, device=q.device)
-        found = block_scores(part, compressed, coarse, positions, length, kernel, stride, block_size, scale)
+        sizes = (length, kernel, stride, block_size, scale)
+        found = block_scores(part, compressed, coarse, positions, *sizes, seen_by_all=length - part.shape[2])
         out[:, :, start : start + rows, : found.shape[3]] = found
     return out
 
@@ -93,10 +94,12 @@ def block_scores(
     stride: int,
     block_size: int,
     scale: float,
+    seen_by_all: int = 0,
 ) -> Float[Tensor, "B Hkv R M"]:
     """Scores of the blocks of the first ``length`` tokens for queries at any ``positions`` among them.
 
-    ``positions`` are ``[R]``, or ``[B, R]`` where the rows of a batch stand at different places.
+    ``positions`` are ``[R]``, or ``[B, R]`` where the rows of a batch stand at different places. Windows
+    within the first ``seen_by_all`` tokens need no mask.
     """
     kv_heads = compressed.shape[1]
     n, per_block = q.shape[2], block_size // stride
@@ -105,9 +108,11 @@ def block_scores(
     positions = positions.reshape(-1, 1, 1, n, 1)
 
     def logits(windows: Tensor, count: int, kernel: int, stride: int) -> Tensor:
-        s = torch.unflatten(_grouped_product(q, windows[:, :, :count]), 1, (kv_heads, -1)) * scale
-        ended = torch.arange(count, device=q.device) < visible_kernels(positions + 1, kernel, stride)
-        return s.masked_fill_(~ended, -math.inf)
+        s = torch.unflatten(_grouped_product(q, windows[:, :, :count], scale), 1, (kv_heads, -1))
+        sure = visible_kernels(seen_by_all, kernel, stride)
+        ended = torch.arange(sure, count, device=q.device) < visible_kernels(positions + 1, kernel, stride)
+        s[..., sure:].masked_fill_(~ended, -math.inf)
+        return s
 
     fine = logits(compressed, count, kernel, stride)
     n_coarse = visible_kernels(length, 4 * kernel, 4 * stride) if coarse is not None else 0
@@ -121,7 +126,7 @@ def block_scores(
         # Only the first positions have fine windows and no coarse one: few fine windows tell their sum.
         exact = fine[..., : 4 * kernel // stride].logsumexp(-1)
         lse = torch.where(early, exact.masked_fill(exact == -math.inf, 0), lse)
-        p = (fine - lse[..., None]).clamp_(max=LARGEST).exp_()
+        p = fine.sub_(lse[..., None]).clamp_(max=LARGEST).exp_()
     total = p.sum(2).nan_to_num_(0.0)
     padded = torch.nn.functional.pad(total, (0, blocks * per_block - count))
     split = torch.unflatten(padded, -1, (blocks, per_block))
@@ -223,15 +228,15 @@ def rows_at_once(q: Tensor, width: int) -> int:
 
 
 def _grouped_product(
-    q: Float[Tensor, "B Hq R D"], c: Float[Tensor, "B Hkv n D"]
+    q: Float[Tensor, "B Hq R D"], c: Float[Tensor, "B Hkv n D"], scale: float
 ) -> Float[Tensor, "B Hq R n"]:
-    """q . c in float32 with grouped heads: the queries of a group are rows of one product per key head."""
+    """q . c scale in float32, grouped heads: the queries of a group are rows of one product per key head."""
     batch, kv_heads, n, dim = c.shape
     rows = q.reshape(batch * kv_heads, -1, dim)
     windows = c.reshape(batch * kv_heads, n, dim)
     if q.is_cuda and q.dtype != torch.float32:
         # Tensor cores take half-precision factors and give float32 sums.
-        product = torch.bmm(rows, windows.mT, out_dtype=torch.float32)
+        product = torch.bmm(rows, windows.mT, out_dtype=torch.float32).mul_(scale)
     else:
-        product = torch.bmm(rows.float(), windows.float().mT)
+        product = torch.bmm(rows.float() * scale, windows.float().mT)
     return product.view(*q.shape[:3], n)
