@@ -467,20 +467,32 @@ class PermutedPattern(Pattern):
     def pairs(self) -> Int[Tensor, "b h"]:
         size, shape = self.block_size, self.shape()
         far = torch.iinfo(torch.int32).max
-        limit = torch.where(self.q_index >= 0, self.q_index - self.gap, -1)
+        # Per query slot the last key it sees (-1: none), per key slot its position (far: none), by blocks.
+        limit = torch.where(self.q_index >= 0, self.q_index - self.gap, -1).clamp(min=-1)
         limit = torch.nn.functional.pad(limit, (0, -limit.shape[-1] % size), value=-1)
-        keys = torch.where(self.k_index >= self.first_key, self.k_index.clamp(min=-1), far)
-        keys = torch.where(keys >= 0, keys, far)
-        keys = torch.nn.functional.pad(keys, (0, -keys.shape[-1] % size), value=far)
         limit = torch.unflatten(limit, -1, (-1, size)).expand(*shape, -1, -1).contiguous()
+        keys = torch.where((self.k_index >= self.first_key) & (self.k_index >= 0), self.k_index, far)
+        keys = torch.nn.functional.pad(keys, (0, -keys.shape[-1] % size), value=far)
         keys = torch.unflatten(keys, -1, (-1, size)).sort(dim=-1).values.expand(*shape, -1, -1)
-        total = torch.zeros(shape, dtype=torch.int64, device=limit.device)
-        for place in range(self.indices.shape[-1]):
-            listed = self.counts > place
-            block = torch.where(listed, self.indices[..., place].long(), 0).expand(*shape, -1)
-            sought = keys.gather(2, block[..., None].expand(-1, -1, -1, size))
-            seen = torch.searchsorted(sought, limit, right=True).sum(-1)
-            total += torch.where(listed, seen, 0).sum(-1)
+        held = keys < far
+        per_block = torch.stack([keys[..., 0], torch.where(held, keys, -1).amax(-1), held.sum(-1)])
+        listed = torch.arange(self.indices.shape[-1], device=keys.device) < self.counts[..., None]
+        lists = torch.where(listed, self.indices.long(), 0).expand(*shape, -1, -1)
+        first, last, n_keys = (t[:, :, None].expand(*lists.shape[:3], -1).gather(3, lists) for t in per_block)
+        real = limit >= 0
+        lowest = torch.where(real, limit, far).amin(-1)[..., None]
+        highest = limit.amax(-1)[..., None]
+        seen = listed & (first <= highest)
+        whole = seen & (last <= lowest)
+        total = (torch.where(whole, n_keys.long(), 0).sum(-1) * real.sum(-1)).sum(-1)
+        # What is cut by causality is counted key by key; few blocks of a row are.
+        cut = seen & ~whole
+        order = (~cut).to(torch.uint8).argsort(dim=-1, stable=True)
+        for place in range(int(cut.sum(-1).max()) if cut.numel() else 0):
+            at = order[..., place : place + 1]
+            sought = keys.gather(2, lists.gather(3, at).expand(-1, -1, -1, size))
+            found = torch.searchsorted(sought, limit, right=True).sum(-1)
+            total += torch.where(cut.gather(3, at)[..., 0], found, 0).sum(-1)
         return total
 
     def mask(self) -> Bool[Tensor, "b h Nq Nk"]:

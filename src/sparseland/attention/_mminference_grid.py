@@ -132,7 +132,7 @@ def _over_multiples(values: Float[Tensor, "*batch n"], largest: int) -> Float[Te
     return F.pad(sums, (2, 0)).to(values.dtype)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _multiples(n: int, largest: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The multiples of 2, of 3, … of ``largest`` below n one after the other, and where each begins."""
     rows = [torch.arange(s, n, s) for s in range(2, largest + 1)]

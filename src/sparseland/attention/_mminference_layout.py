@@ -79,7 +79,7 @@ def _layout(flags: bytes) -> Layout:
     return Layout(len(vision), tuple(runs), long)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def slots(layout: Layout, kind: str, low: int, device: torch.device) -> Int[Tensor, " S"]:
     """Positions of the tokens of a kind from ``low`` on, each run filled up to whole blocks with -1 (int32).
 
@@ -92,20 +92,20 @@ def slots(layout: Layout, kind: str, low: int, device: torch.device) -> Int[Tens
     return (torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int32)).to(device)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def positions(layout: Layout, kind: str, low: int, device: torch.device) -> Int[Tensor, " n"]:
     """Positions of the tokens of a kind from ``low`` on (int64)."""
     parts = [torch.arange(start, end) for start, end in layout.of_kind(kind, low)]
     return (torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)).to(device)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def segment_positions(layout: Layout, segment: int, device: torch.device) -> Int[Tensor, " n"]:
     """Positions of a segment's tokens (int64)."""
     return torch.cat([torch.arange(start, end) for start, end in layout.segments[segment]]).to(device)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def kind_mask(layout: Layout, kind: str, device: torch.device) -> Bool[Tensor, " N"]:
     """True at the tokens of a kind."""
     mask = torch.zeros(layout.n, dtype=torch.bool)
