@@ -107,7 +107,9 @@ class DynamicMaskAttention(PrefillMethod, StoreMethod):
             "the exponent of the score is cut at 80, where float32 would overflow",
         ),
         limits=(
-            "untrained it is a sliding window without sinks; scores must be trained with the model",
+            "untrained it is a sliding window without sinks; scores must be trained with the model, and may "
+            "fail to: keys outside the window give no gradient at first, and a strength A that crosses 0 "
+            "turns the order round (some seeds of harder recall tasks stayed windows)",
             "a query is not guaranteed to see its own key (own=true adds it), nor sinks or neighbours",
             "keys that have left are gone: the cache can't be cropped to before a displacement",
             "`recall` of the statistics compares with logits without the bias",

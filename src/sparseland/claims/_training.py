@@ -330,6 +330,7 @@ def train(
     steps: int,
     *,
     lr: float = 1e-3,
+    own_lr: float | None = None,
     warmup: float = 0.1,
     weight_decay: float = 0.01,
     clip: float = 1.0,
@@ -351,6 +352,7 @@ def train(
         batches: at least ``steps`` of them.
         steps: optimiser steps.
         lr: peak learning rate.
+        own_lr: the same for the method's own parameters (default: ``lr``).
         warmup: share of the steps over which it rises.
         weight_decay: on matrices only.
         clip: largest gradient norm.
@@ -371,10 +373,17 @@ def train(
         own = list(handle.parameters()) if handle is not None else []
         parameters = [p for p in (*model.parameters(), *own) if p.requires_grad]
         groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+            {
+                "params": [p for p in some if p.requires_grad and matrix == (p.dim() >= 2)],
+                "lr": rate,
+                "weight_decay": decay,
+            }
+            for some, rate in ((list(model.parameters()), lr), (own, lr if own_lr is None else own_lr))
+            for matrix, decay in ((True, weight_decay), (False, 0.0))
         ]
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=device.type == "cuda"
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(steps, warmup))
         result = Trained()
         started, tokens = time.perf_counter(), 0
