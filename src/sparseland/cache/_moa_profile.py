@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -177,15 +178,20 @@ def effects(
 
 
 @torch.no_grad()
+def _windows(row: Any, block: int, x: AttentionInputs) -> Pattern:
+    from sparseland.cache.moa import span_pattern
+
+    return span_pattern(row, x, block, 0)
+
+
 def loss_with(model: nn.Module, ids: Int[Tensor, "B N"], plan: Plan, block: int) -> float:
     """Mean loss of the last quarter of ``ids`` with a plan's windows on all layers."""
-    from sparseland.cache.moa import span_pattern
     from sparseland.models.attention import switched
     from sparseland.models.surgery import attention_layers
 
     modules = attention_layers(model)
     layers: dict[int, Any] = {
-        i: _Layer(i, lambda x, row=plan[at]: span_pattern(row, x, block, 0)) for at, i in enumerate(modules)
+        i: _Layer(i, partial(_windows, plan[at], block)) for at, i in enumerate(modules)
     }
     losses = []
     quarter = max(1, ids.shape[1] // 4)

@@ -93,7 +93,7 @@ def train(
             ids, labels = videos.sample(batch, frames, 16, generator)
             loss = loss_of(model, ids.to(device), labels.to(device), videos)
             optimiser.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             last = float(loss.detach()) if step == steps - 1 or step % 50 == 0 else last

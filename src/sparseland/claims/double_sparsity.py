@@ -112,7 +112,7 @@ def _loss_row(name: str, runs: list[Window], texts: list[Tensor], dense: list[Wi
         "decode_loss": statistics.fmean(losses),
         "kl": statistics.fmean(a.kl for a in agree),
         "top1": statistics.fmean(a.top1 for a in agree),
-        "decode_ms": statistics.median(r.decode_ms for r in runs),
+        "decode_ms": statistics.median(r.decode_ms for r in runs if r.decode_ms is not None),
         "cache_bytes_of_dense": sum(r.cache_bytes for r in runs) / sum(d.cache_bytes for d in dense),
     }
 

@@ -112,7 +112,7 @@ def _loss(model: Any, texts: list[Tensor], length: int) -> float:
 
 def _decode_loss(runs: list[Any], texts: list[Tensor], length: int, dense: list[Any]) -> float:
     values = [quality(r, t, length, d) for r, t, d in zip(runs, texts, dense, strict=True)]
-    return statistics.fmean(v.decode_loss for v in values)
+    return statistics.fmean(v.decode_loss for v in values if v.decode_loss is not None)
 
 
 @torch.no_grad()
