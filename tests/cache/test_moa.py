@@ -573,6 +573,25 @@ def test_decoding_past_the_windows_equals_a_masked_model():
     torch.testing.assert_close(torch.stack(got), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_settings_share_a_profile_until_something_changes(monkeypatch):
+    calls = []
+    original = _moa_profile.profile
+    monkeypatch.setattr("sparseland.cache._moa_search.profile", lambda *a: calls.append(a) or original(*a))
+    model = tiny_model("llama")
+    ids = torch.randint(3, 128, (1, 128), generator=torch.Generator().manual_seed(0))
+    first = MoA(density=0.5, block_size=16).calibrate(model, ids)
+    assert len(calls) == 3
+    MoA(density=0.75, block_size=16).calibrate(model, ids)
+    assert MoA(density=0.5, block_size=16).calibrate(model, ids).meta == first.meta
+    assert len(calls) == 3
+    MoA(density=0.5, block_size=16, effect="elements").calibrate(model, ids)
+    assert len(calls) == 6
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    MoA(density=0.5, block_size=16).calibrate(model, ids)
+    assert len(calls) == 9
+
+
 def test_calibration_needs_some_text():
     with pytest.raises(SparselandError, match=r"token ids \[B, N\] with N >= 64, got \[1, 20\]"):
         MoA().calibrate(tiny_model("llama"), torch.zeros(1, 20, dtype=torch.long))

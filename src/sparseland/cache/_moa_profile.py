@@ -67,7 +67,8 @@ def _frozen_float32(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for t, data, grad in before:
-            t.data = data
+            if t.dtype != data.dtype:
+                t.data = data
             t.requires_grad_(grad)
 
 
@@ -177,13 +178,13 @@ def effects(
     return found
 
 
-@torch.no_grad()
 def _windows(row: Any, block: int, x: AttentionInputs) -> Pattern:
     from sparseland.cache.moa import span_pattern
 
     return span_pattern(row, x, block, 0)
 
 
+@torch.no_grad()
 def loss_with(model: nn.Module, ids: Int[Tensor, "B N"], plan: Plan, block: int) -> float:
     """Mean loss of the last quarter of ``ids`` with a plan's windows on all layers."""
     from sparseland.models.attention import switched
