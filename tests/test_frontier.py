@@ -90,7 +90,7 @@ def test_files_are_written_and_a_second_run_measures_nothing_anew(run):
 def test_a_default_run_leaves_out_what_has_to_be_trained_and_what_is_for_video():
     left_out = set(frontier.left_out())
     default = {m.card.slug for m in frontier._candidates(frontier.FrontierOptions())}
-    assert {"seer-attention", "mminference"} <= left_out
+    assert {"seer-attention", "mminference", "sparse-frontier"} <= left_out
     assert not left_out & default
     named = frontier._candidates(frontier.FrontierOptions(methods=sorted(left_out) or ["flexprefill"]))
     assert named

@@ -43,6 +43,8 @@ REPEATS = 2
 # Screening: with more candidates than this, each is first tried on one prompt of the longest length (and
 # this many decoded tokens, if it acts on them); per role the best of different methods go on.
 SCREEN_ABOVE = 8
+# A default run takes the last settings of each grid: the likeliest to stay within a small tolerance.
+DEFAULT_SETTINGS = 2
 SCREEN_TOKENS = 24
 SURVIVORS: dict[Role, int] = {"prefill": 6, "select": 2, "store": 2, "linear": 2}
 # Pictures of where methods spend their pairs: so many methods, besides the chosen recipe's.
@@ -127,20 +129,18 @@ def _candidates(options: FrontierOptions) -> list[Method]:
         if ":" in spec:
             chosen.append(parse_spec(spec))
         elif not method_class(spec).card.control:
-            chosen.extend(method_class(spec).grid(longest))
+            grid = method_class(spec).grid(longest)
+            chosen.extend(grid if options.methods else grid[-DEFAULT_SETTINGS:])
         elif options.methods and spec != "dense":
             chosen.append(parse_spec(spec))
     return chosen
 
 
-def left_out() -> list[str]:
-    """Methods measured only if they are named: what has to be trained first, or is for images and video."""
+def left_out() -> dict[str, str]:
+    """Methods measured only if they are named, and why."""
     classes = [method_class(slug) for slug in method_slugs()]
-    return [
-        cls.card.slug
-        for cls in classes
-        if cls.card.training == "training" or getattr(cls, "for_vision", False)
-    ]
+    why = {c.card.slug: "it has to be trained first" for c in classes if c.card.training == "training"}
+    return why | {c.card.slug: c.left_out for c in classes if c.left_out}
 
 
 def _fingerprint(options: FrontierOptions, model: torch.nn.Module, ids: Tensor) -> str:

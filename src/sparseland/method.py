@@ -189,6 +189,8 @@ class Method:
     """Base of all methods. Subclasses are frozen dataclasses whose fields are the parameters."""
 
     card: ClassVar[Card]
+    # Why a default run of ``frontier`` does not measure it (it does if the method is named), or None.
+    left_out: ClassVar[str | None] = None
     # Reads queries or keys before RoPE: apply() finds the model's rotary embedding and proves that it can be
     # undone, or refuses the model; it comes as AttentionInputs.rope.
     needs_rope: ClassVar[bool] = False
@@ -276,8 +278,6 @@ class PrefillMethod(Method):
 
     looks_ahead: ClassVar[bool] = True
     chunkable: ClassVar[bool] = False
-    # For prompts with images or video; on text alone it is another method under another name.
-    for_vision: ClassVar[bool] = False
     reads_vision: ClassVar[bool] = False
     shares_group: ClassVar[bool] = False
 

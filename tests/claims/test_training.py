@@ -74,13 +74,19 @@ def test_recall_targets_are_the_values_behind_the_keys():
 
 
 def test_copies_are_copies():
-    batch = next(copy_batches(5, 60, 8, 20, seed=2))
+    batch = next(copy_batches(20, 60, 8, 20, vocab=1000, seed=2))
+    distances = set()
     for ids, targets in zip(batch.ids.tolist(), batch.targets.tolist(), strict=True):
         scored = [i for i, t in enumerate(targets) if t != IGNORE]
         assert len(scored) == 7
-        for i in scored:
-            assert ids[i + 1] == targets[i] == ids[i - 19]
-            assert ids[i] == ids[i - 20]
+        assert scored == list(range(scored[0], scored[0] + 7))
+        (far,) = {
+            scored[0] - i for i in range(scored[0] - 19) if ids[i : i + 8] == ids[scored[0] : scored[0] + 8]
+        }
+        assert [targets[i] for i in scored] == [ids[i + 1 - far] for i in scored]
+        distances.add(far)
+    assert min(distances) >= 20
+    assert len(distances) > 5
 
 
 @pytest.mark.parametrize("arguments", [(1, 10, 9), (1, 64, 0)])

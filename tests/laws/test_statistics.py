@@ -81,6 +81,6 @@ def test_verdicts():
     assert kept.verdict == "kept"
     assert unsure.verdict == "open"
     assert largest_safe([(2, kept), (8, kept), (4, unsure), (16, lost)]) == 8
-    assert largest_safe([(2, kept), (8, kept), (4, unsure)], ("kept",)) == 2
+    assert largest_safe([(2, kept), (8, kept), (4, unsure)], within=True) == 2
     assert largest_safe([(2, lost), (4, kept)]) == 1
     assert largest_safe([]) == 1

@@ -56,7 +56,7 @@ class MMInference(PrefillMethod):
     the sizes that were found.
     """
 
-    for_vision: ClassVar[bool] = True
+    left_out: ClassVar[str | None] = "it is for images and video"
     card: ClassVar[Card] = Card(
         slug="mminference",
         title="MMInference: Accelerating Pre-filling for Long-Context VLMs via Modality-Aware Permutation "

@@ -75,6 +75,7 @@ COLUMNS_PER_DIAGONAL = 32
 class SparseFrontier(PrefillMethod, StoreMethod, SelectMethod):
     """One of the study's six selectors. Parameters left at None have the value of the unit (in brackets)."""
 
+    left_out: ClassVar[str | None] = "its selectors are for `sparseland study`"
     card: ClassVar[Card] = Card(
         slug="sparse-frontier",
         title="The Sparse Frontier: Sparse Attention Trade-offs in Transformer LLMs",

@@ -189,7 +189,7 @@ class EvictingStore(KVStore):
         name: str,
     ) -> None:
         self.probe, self.choose, self.capacity, self.name = probe, choose, capacity, name
-        self._length = 0
+        self._length = self._prompt = 0  # tokens taken in, and of which some were dropped
         self._kept: Kept | None = None
         self._k, self._v = SelectState(), SelectState()  # what nothing was dropped of, as it came
         self._seen: tuple[Tensor, float, Tensor | None, int] | None = None  # queries, scale, first key, end
@@ -224,6 +224,7 @@ class EvictingStore(KVStore):
         if self._kept is None and k.shape[2] > self.capacity:
             self._kept = Kept.of(k, v, self.choose(q, k, scale, first_key))
             self._k, self._v = SelectState(), SelectState()
+            self._prompt = self._length
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """All keys and values.
@@ -280,7 +281,7 @@ class EvictingStore(KVStore):
         left = max(0, len(self._k) - cut)
         self._k.crop(left)
         self._v.crop(left)
-        if self._kept is not None:
+        if self._kept is not None and length < self._prompt:
             self._kept = self._kept.crop(length)
         self._length = length
 

@@ -282,10 +282,11 @@ def recall_batches(
 def copy_batches(
     batch: int, length: int, segment: int, distance: int, *, vocab: int = 64, seed: int = 0
 ) -> Iterator[Batch]:
-    """Induction: random tokens in which one segment comes again ``distance`` tokens later, without end.
+    """Induction: random tokens in which one segment comes again at least ``distance`` later, without end.
 
     Scored are the repeated tokens from the second on, each predicted from the one before it: whoever finds
-    the earlier occurrence of the current token can copy what followed.
+    the earlier occurrence of the current token can copy what followed. Place and distance are random, so
+    that no fixed look back will do.
     """
     if not 1 < segment <= distance or distance + segment > length:
         raise SparselandError(
@@ -295,10 +296,12 @@ def copy_batches(
     rows, steps = torch.arange(batch)[:, None], torch.arange(segment)
     while True:
         ids = torch.randint(vocab, (batch, length), generator=g)
-        first = torch.randint(length - distance - segment + 1, (batch, 1), generator=g) + steps
-        ids[rows, first + distance] = ids[rows, first]
+        far = distance + torch.randint(length - distance - segment + 1, (batch, 1), generator=g)
+        room = length - far - segment + 1
+        first = (torch.rand(batch, 1, generator=g) * room).long() + steps
+        ids[rows, first + far] = ids[rows, first]
         targets = torch.full((batch, length), IGNORE)
-        targets[rows, (first + distance)[:, :-1]] = ids[rows, first[:, 1:]]
+        targets[rows, (first + far)[:, :-1]] = ids[rows, first[:, 1:]]
         yield Batch(ids, targets)
 
 

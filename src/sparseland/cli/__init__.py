@@ -1,4 +1,4 @@
-"""The command line: ``sparseland list | show | frontier | generate | reproduce | bench``.
+"""The command line: ``sparseland list | show | frontier | generate | reproduce | bench | study``.
 
 Nothing heavy is imported here: ``--help`` must not wait for torch. Each command imports what it needs.
 """
@@ -237,6 +237,54 @@ def bench_op(
     run_bench(op, as_json)
 
 
+@app.command("study")
+def run_study_of(
+    context: typer.Context,
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="sparse-frontier.")],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...", help="Ids or folders, one per size (default: the embedded one)."
+        ),
+    ] = None,
+    units: Annotated[str, typer.Option(help="Units of sparsity, e.g. block,quest (default: all six).")] = "",
+    compression: Annotated[str, typer.Option(help="Compressions (default: 1,2,4,8,16).")] = "",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens (default: 1024).")] = "",
+    tasks: Annotated[
+        str, typer.Option(help="Tasks, e.g. needle,story-filtering (default: three easy ones).")
+    ] = "",
+    samples: Annotated[str, typer.Option(metavar="NUMBER", help="Samples per task and length.")] = "12",
+    score: Annotated[
+        str, typer.Option(help="What is compared: likelihood, chosen or generated.")
+    ] = "likelihood",
+    generate: Annotated[bool, typer.Option(help="Also decode answers greedily.")] = True,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text file or folder (default: Python's own documentation).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl, summary.json, report.html.")] = Path(
+        "study"
+    ),
+    dtype: Dtype = "auto",
+    device: Device = None,
+    seed: Annotated[str, typer.Option(metavar="NUMBER", help="Seed of the tasks.")] = "0",
+    as_json: Json = False,
+) -> None:
+    """Run a paper's study on your models.
+
+    sparse-frontier: units of sparsity x compressions x lengths x tasks x model sizes, with the largest
+    compression that keeps the accuracy, equal-cost comparison and the fitted law. The same command again
+    continues an interrupted run.
+    """
+    from sparseland.cli.study import run_study
+
+    options = {
+        "models": models or [], "samples": whole("--samples", samples, least=1), "generate": generate,
+        "text": text, "out": out, "dtype": dtype, "device": device, "seed": whole("--seed", seed),
+        "command": _command(context),
+    }  # fmt: skip
+    run_study(study, options, units, compression, lengths, tasks, score, as_json)
+
+
 def real(option: str, text: str) -> float:
     """A finite number, or an error that names option and value."""
     try:
@@ -263,7 +311,9 @@ def _command(context: typer.Context) -> str:
         if source is None or source.name != "COMMANDLINE":
             continue
         value = context.params[str(parameter.name)]
-        flag = next((o for o in parameter.opts if o.startswith("--")), None)
+        spellings = parameter.secondary_opts if value is False else parameter.opts
+        flag = next((o for o in spellings if o.startswith("--")), None)
         words += [] if flag is None else [flag]
-        words += [] if value is True else [str(value)]
+        if not isinstance(value, bool):
+            words += map(str, value) if isinstance(value, list | tuple) else [str(value)]
     return shlex.join(words)

@@ -1,12 +1,13 @@
 """What prompts and decoding steps cost: linear layers, attention in proportion to its density, and choosing.
 
-For N parameters (without the embedding table), L tokens, density rho, per layer with H heads of size d::
+For N parameters of the layers, E of the output head, L tokens, density rho, per layer H heads of size d::
 
-    prompt        2 N L  +  layers H 4 d rho L (L + 1) / 2  +  choosing
-    decoded token 2 N    +  layers H 4 d rho L              +  choosing
+    prompt        2 (N L + E)  +  layers H 4 d rho L (L + 1) / 2  +  choosing
+    decoded token 2 (N + E)    +  layers H 4 d rho L              +  choosing
 
 Choosing is what the study's units do before: the probe's products with all keys, products of block means, the
-bounds of pages. A multiplication and an addition are two operations.
+bounds of pages. A multiplication and an addition are two operations. The embedding table is looked up, which
+costs nothing; a prompt needs the head for its last token only.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from sparseland.attention.sparse_frontier import SparseFrontier
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers that costs depend on; ``params`` without the embedding table."""
+    """The numbers that costs depend on; ``params`` without the embedding table and the output head."""
 
     params: float
+    head: float
     layers: int
     heads: int
     kv_heads: int
@@ -32,14 +34,13 @@ class ModelShape:
     def of(cls, model: Any) -> ModelShape:
         """The shape of a transformers decoder."""
         config = model.config.get_text_config()
-        table = model.get_input_embeddings().weight
-        # A head that shares the table's memory is a product of its own.
-        head = model.get_output_embeddings()
-        shared = head is not None and head.weight is table
-        total = sum(p.numel() for p in model.parameters()) - (0 if shared else table.numel())
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        outside = {id(m.weight): m.weight.numel() for m in (table, head) if m is not None}
+        total = sum(p.numel() for p in model.parameters()) - sum(outside.values())
         heads = config.num_attention_heads
         return cls(
             total,
+            0 if head is None else head.weight.numel(),
             config.num_hidden_layers,
             heads,
             getattr(config, "num_key_value_heads", None) or heads,
@@ -47,12 +48,12 @@ class ModelShape:
         )
 
 
-# The paper's models (Qwen2.5-Instruct; parameters without the embedding table).
+# The paper's models (Qwen2.5-Instruct).
 QWEN = {
-    "7B": ModelShape(7.07e9, 28, 28, 4, 128),
-    "14B": ModelShape(13.99e9, 48, 40, 8, 128),
-    "32B": ModelShape(31.98e9, 64, 40, 8, 128),
-    "72B": ModelShape(71.46e9, 80, 64, 8, 128),
+    "7B": ModelShape(6.53e9, 0.545e9, 28, 28, 4, 128),
+    "14B": ModelShape(13.1e9, 0.779e9, 48, 40, 8, 128),
+    "32B": ModelShape(31.0e9, 0.779e9, 64, 40, 8, 128),
+    "72B": ModelShape(70.0e9, 1.246e9, 80, 64, 8, 128),
 }
 
 
@@ -62,7 +63,8 @@ def prefill_flops(
     """Operations of a prompt of ``length`` tokens; ``method`` says what choosing costs (None: nothing)."""
     pairs = length * (length + 1) / 2
     attention = shape.layers * shape.heads * 4 * shape.head_dim * pairs * density
-    return 2 * shape.params * length + attention + choosing_flops(shape, length, method)
+    linear = 2 * (shape.params * length + shape.head)
+    return linear + attention + choosing_flops(shape, length, method)
 
 
 def choosing_flops(shape: ModelShape, length: int, method: SparseFrontier | None) -> float:
@@ -94,7 +96,7 @@ def decode_flops(
     if method is not None and method.unit == "quest":
         pages = math.ceil(length / method.value("page_size"))
         attention += shape.layers * shape.heads * 4 * shape.head_dim * pages
-    return 2 * shape.params + attention
+    return 2 * (shape.params + shape.head) + attention
 
 
 def decode_bytes(
@@ -109,7 +111,7 @@ def decode_bytes(
     tokens = length * density
     if method is not None and method.unit == "quest":
         tokens += math.ceil(length / method.value("page_size"))
-    return shape.params * width + row * tokens
+    return (shape.params + shape.head) * width + row * tokens
 
 
 def equal_cost_compression(large: ModelShape, small: ModelShape, length: int) -> float | None:

@@ -18,7 +18,7 @@ out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -74,7 +74,7 @@ class Law:
         """
         constant = tuple(name for name in ("params", "length") if len({getattr(p, name) for p in points}) < 2)
         names = sorted({n for p in points for n in _features(p, constant)})
-        if len(points) < len(names):
+        if len(points) < max(1, len(names)):
             raise SparselandError(
                 f"a law of {len(names)} coefficients needs as many points, got {len(points)}"
             )
@@ -167,12 +167,14 @@ class Comparison:
         loss: mean score lost (negative: gained).
         interval: of the loss, 95 %, paired bootstrap.
         p: of the sign-flip test, corrected for all comparisons made together.
-        verdict: ``lost`` (significant), ``kept`` (a loss above the margin is ruled out), or ``open``.
+        within: whether a loss above the margin is ruled out.
+        verdict: ``lost`` (significant, be it small), else ``kept`` if within the margin, else ``open``.
     """
 
     loss: float
     interval: tuple[float, float]
     p: float
+    within: bool
     verdict: Literal["lost", "kept", "open"]
 
 
@@ -189,25 +191,22 @@ def compare(
     for d, p in zip(differences, adjusted, strict=True):
         low, high = bootstrap_interval(d, seed=seed)
         loss = -sum(d) / len(d) if d else math.nan
-        verdict: Literal["lost", "kept", "open"] = (
-            "lost" if p <= alpha else "kept" if -low < margin else "open"
-        )
-        found.append(Comparison(loss, (-high, -low), p, verdict))
+        within = -low < margin
+        verdict: Literal["lost", "kept", "open"] = "lost" if p <= alpha else "kept" if within else "open"
+        found.append(Comparison(loss, (-high, -low), p, within, verdict))
     return found
 
 
-def largest_safe(
-    comparisons: Iterable[tuple[float, Comparison]], verdicts: Sequence[str] = ("kept", "open")
-) -> float:
-    """The largest compression that, like all smaller ones, has one of the verdicts; 1 if there is none.
+def largest_safe(comparisons: Iterable[tuple[float, Comparison]], within: bool = False) -> float:
+    """The largest compression that, like all smaller ones, is no significant loss; 1 if there is none.
 
     Args:
         comparisons: ``(compression, comparison)`` of one method at one model and length.
-        verdicts: the paper's criterion by default (no significant loss); ``("kept",)`` asks for more.
+        within: ask instead that a loss above the margin is ruled out.
     """
     safe = 1.0
     for compression, comparison in sorted(comparisons, key=lambda c: c[0]):
-        if comparison.verdict not in verdicts:
+        if not (comparison.within if within else comparison.verdict != "lost"):
             break
         safe = compression
     return safe
@@ -228,9 +227,9 @@ def front(
     return kept
 
 
-def grouped(rows: Iterable[dict[str, Any]], *names: str) -> dict[tuple[Hashable, ...], list[dict[str, Any]]]:
+def grouped(rows: Iterable[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
     """Rows by the values of these fields, in order of appearance."""
-    found: dict[tuple[Hashable, ...], list[dict[str, Any]]] = {}
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(tuple(row[n] for n in names), []).append(row)
     return found

@@ -119,8 +119,8 @@ def protocol(results: Results) -> list[tuple[str, str]]:
     ]
 
 
-def _left_out(slugs: Any) -> str:
-    return f"{_words(*slugs)}: they have to be trained first, or are for images and video" if slugs else ""
+def _left_out(why: Any) -> str:
+    return _words(*(f"{slug} ({reason})" for slug, reason in why.items())) if isinstance(why, dict) else ""
 
 
 def _count(row: dict[str, Any], key: str, unit: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from sparseland.tasks.needles import WRONG, new_keys, new_numbers, spread
+from sparseland.tasks.needles import WRONG, misread, new_keys, new_numbers, spread
 from sparseland.tasks.sample import Sample, build, depths, haystack, insert, rng_of
 
 QUERIES = 4
@@ -24,7 +24,7 @@ def needle_multi_query(tokenizer: Any, text: str, length: int, count: int, seed:
     """``count`` prompts of ``length`` tokens with four facts, spread evenly through the text.
 
     Right is an answer that names all four numbers, in any order; the commas between them are given. In a
-    wrong one that is offered, one number is another.
+    wrong one that is offered, one digit of one number is another.
 
     Args:
         tokenizer: of the model under test; its chat template is used where it has one.
@@ -46,7 +46,7 @@ def needle_multi_query(tokenizer: Any, text: str, length: int, count: int, seed:
             (spot, f"The special magic number for {key} is {value}.")
             for spot, key, value in zip(spread(depth, QUERIES), keys, values, strict=True)
         ]
-        wrong = new_numbers(WRONG, 7, filler + " ".join(values), rng)
+        wrong = [misread(values[k % QUERIES], 1, rng)[0] for k in range(WRONG)]
         listed = ", ".join(keys[:-1]) + f" and {keys[-1]}"
         samples.append(
             build(

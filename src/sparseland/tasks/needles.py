@@ -129,6 +129,11 @@ def needle_multi_value(tokenizer: Any, text: str, length: int, count: int, seed:
                 answer_start=fact,
                 facts=[f" {value}" for value in values],
                 joint=", and the other one is",
+                others=[
+                    [f" {wrong}" if j == k % VALUES else f" {value}" for j, value in enumerate(values)]
+                    for k in range(WRONG)
+                    for wrong in misread(values[k % VALUES], 1, rng)
+                ],
             )
         )
     return samples
@@ -144,7 +149,7 @@ def _one_of_keys(
         for spot, key, value in zip(spread(depth, n_keys), keys, values, strict=True)
     ]
     # The numbers of other keys first: they are in the text, and only the key tells them apart.
-    wrong = [*values[1:], *new_numbers(WRONG - n_keys + 1, 7, filler + "".join(values), rng)]
+    wrong = [*values[1:], *misread(values[0], WRONG - n_keys + 1, rng)]
     return build(
         tokenizer,
         task=name,
@@ -166,6 +171,15 @@ def _document(facts: list[tuple[float, str]], filler: str) -> str:
 def spread(first: float, count: int) -> list[float]:
     """``count`` depths at equal distances round the text, beginning with ``first``."""
     return [(first + i / count) % 1 for i in range(count)]
+
+
+def misread(number: str, count: int, rng: random.Random) -> list[str]:
+    """``count`` numbers that differ from this one in one digit, each at another place."""
+    wrong = []
+    for at in rng.sample(range(1, len(number)), count):
+        other = rng.choice([digit for digit in "0123456789" if digit != number[at]])
+        wrong.append(number[:at] + other + number[at + 1 :])
+    return wrong
 
 
 def new_keys(count: int, text: str, rng: random.Random, joint: str = " ") -> list[str]:

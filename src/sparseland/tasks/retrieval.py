@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from sparseland.errors import SparselandError
-from sparseland.tasks.needles import new_numbers
+from sparseland.tasks.needles import WRONG, new_numbers
 from sparseland.tasks.sample import Sample, build, depths, haystack, rng_of, token_count
 
 DIGITS = 6
@@ -52,6 +52,10 @@ def retrieval(tokenizer: Any, text: str, length: int, count: int, seed: int) -> 
                 question=_question(key),
                 answer_start=_start(key),
                 facts=[value],
+                # All stand in the object: only the key tells them apart.
+                others=[
+                    [other] for _, other in rng.sample(pairs, min(WRONG + 1, len(pairs))) if other != value
+                ][:WRONG],
             )
         )
     return samples
