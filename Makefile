@@ -10,7 +10,7 @@ frontier: $(STAMP)  ## the main job on the embedded model and the default text
 	$(BIN)/sparseland frontier
 
 test: $(STAMP)  ## the test suite (no GPU needed)
-	$(BIN)/pytest -q -m "not gpu and not slow"
+	$(BIN)/pytest -q -n auto -m "not gpu and not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -q -m "slow and not gpu"
