@@ -1,12 +1,12 @@
-"""The low-bit estimate in Triton: 4-bit numbers in int8 tensor cores, bits out.
+"""The low-bit estimate in Triton: 4-bit numbers in 8-bit tensor cores, bits out.
 
 Three kernels make the factors (keys; queries with their thresholds; both read once) and the bits: a program
 of the third keeps a tile of queries and streams all keys between sink and local ones past it, 128 at a
 time. Each row gathers one bit per tile of 32 keys; every 1024 keys the rows' words are or-ed together, so
 that what is written is N^2 / 2048 / 8 bytes a head. A fourth kernel turns bits into lists.
 
-Hopper has no 4-bit tensor cores; int8 gives the same numbers at a quarter of the speed that the paper's
-cards have over half precision, and one instruction per score is a conversion to float32.
+Hopper has no 4-bit tensor cores. Whole numbers up to 7 are exact in float8 too, and so are their sums (below
+2^14): where a card multiplies float8, the product is a float32 already, and no score has to be converted.
 """
 
 # mypy: ignore-errors
@@ -38,7 +38,7 @@ def _n_judged(block, n_queries, n_keys):
 
 @triton.jit
 def _quantize(b_x):
-    """Whole numbers from -7 to 7 as int8, one scale per row, and whether the row is finite."""
+    """Whole numbers from -7 to 7, one scale per row, and whether the row is finite."""
     # 0 times NaN or infinity is NaN, which equals nothing.
     b_finite = tl.sum(b_x * 0.0, 1) == 0.0
     b_x = tl.where(b_finite[:, None], b_x, 0.0)
@@ -48,7 +48,7 @@ def _quantize(b_x):
     b_scale = tl.where(b_finite, b_scale, 0.0)
     b_x = b_x / tl.where(b_scale > 0.0, b_scale, 1.0)[:, None]
     b_x = tl.minimum(tl.maximum((b_x + _ROUND) - _ROUND, -7.0), 7.0)
-    return b_x.to(tl.int8), b_scale, b_finite
+    return b_x, b_scale, b_finite
 
 
 @triton.jit(do_not_specialize=["n_keys"])
@@ -65,7 +65,7 @@ def _keys(
     b_k = tl.load(k + at * stride_kn + i_d[None, :], mask=b_here[:, None] & b_dim[None, :], other=0.0)
     b_k = b_k.to(tl.float32) - tl.load(k_mean + i_bh * D + i_d, mask=b_dim, other=0.0)[None, :]
     b_k4, b_scale, b_finite = _quantize(b_k)
-    tl.store(k4 + i_bh * n_keys * BD + at * BD + i_d[None, :], b_k4, mask=b_here[:, None])
+    tl.store(k4 + i_bh * n_keys * BD + at * BD + i_d[None, :], b_k4.to(k4.dtype.element_ty), mask=b_here[:, None])
     tl.store(k_scale + i_bh * n_keys + i_n, b_scale, mask=b_here)
     for i_g in range(0, G):
         i_q = i_bh * G + i_g
@@ -133,10 +133,15 @@ def _queries(
     b_keep_all = ~(b_finite & (tl.abs(b_t) < float("inf")))
     b_t = tl.where(b_keep_all, float("-inf"), b_t + tl.load(log_tau + i_h))
     out = i_bh * tl.num_programs(0) * ROW + i_n
-    tl.store(q4 + out[:, None] * BD + i_d[None, :], b_q4)
+    tl.store(q4 + out[:, None] * BD + i_d[None, :], b_q4.to(q4.dtype.element_ty))
     tl.store(q_scale + out, b_scale * scale)
     # Rows behind the last keep nothing.
     tl.store(threshold + out, tl.where(b_here, b_t, float("inf")))
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "Mq", "W"])
@@ -153,40 +158,41 @@ def _estimate(
     i_bh = tl.program_id(1).to(tl.int64)
     i_h = i_bh % Hq
     i_hk = i_bh // Hq * (Hq // G) + i_h // G
-    i_r, i_d, i_n = i_t * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, _KEYS)
+    i_r, i_d, i_n = i_t * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BN)
     i_block = i_t * BLOCKS + tl.arange(0, BLOCKS)
     b_blocks = i_block < Mq
     b_judged = tl.where(b_blocks, _n_judged(i_block, n_queries, n_keys), 0)
     most = tl.max(b_judged, 0)
     b_rows = i_r < Mq * _ROWS
     row = i_bh * Mq * _ROWS + i_r
-    b_q = tl.load(q4 + row[:, None] * BD + i_d[None, :], mask=b_rows[:, None], other=0)
+    b_q = tl.load(q4 + row[:, None] * BD + i_d[None, :], mask=b_rows[:, None], other=0.0)
     b_scale = tl.load(q_scale + row, mask=b_rows, other=0.0)
     b_t = tl.load(threshold + row, mask=b_rows, other=float("inf"))
-    k4 += i_hk * n_keys * BD
-    k_scale += i_hk * n_keys
-    shift += i_bh * n_keys
+    # Tested tiles start behind the sink; the last ends well before the last key.
+    k4 += i_hk * n_keys * BD + _KEYS * BD
+    k_scale += i_hk * n_keys + _KEYS
+    shift += i_bh * n_keys + _KEYS
+    i_part = tl.arange(0, PARTS)
     dense = tl.load(log_tau + i_h) == float("-inf")
     for i_w in range(0, (most + _WORD - 1) // _WORD):
-        b_word = tl.zeros([BM], dtype=tl.int32)
+        b_word = tl.zeros([BM, 4], dtype=tl.int32)
         if dense:
-            b_word = tl.full([BM], -1, dtype=tl.int32)
+            b_word = tl.full([BM, 4], -1, dtype=tl.int32)
         else:
             turns = tl.minimum(TURNS, (most - i_w * _WORD) // PARTS)
             for turn in range(0, turns):
-                # A product per tile of keys: one over all four would have to be taken apart through memory.
-                for part in tl.static_range(PARTS):
-                    # Tested tiles start behind the sink; the last ends well before the last key.
-                    i_k = _KEYS + ((i_w * TURNS + turn) * PARTS + part) * _KEYS + i_n
-                    b_k = tl.load(k4 + i_k[:, None].to(tl.int64) * BD + i_d[None, :])
-                    b_ks, b_c = tl.load(k_scale + i_k), tl.load(shift + i_k)
-                    b_e = tl.dot(b_q, tl.trans(b_k)).to(tl.float32)
-                    b_e = b_e * b_ks[None, :] * b_scale[:, None] + b_c[None, :]
-                    b_word += (tl.max(b_e, 1) > b_t).to(tl.int32) << (turn * PARTS + part)
-        # Or over a block's rows, bit by bit.
-        i_bit = tl.arange(0, _WORD)
-        b_bits = (tl.reshape(b_word, (BLOCKS, _ROWS, 1)) >> i_bit[None, None, :]) & 1
-        b_bits = tl.sum(tl.max(b_bits, 1) << i_bit[None, :], 1)
+                i_k = (i_w * TURNS + turn) * BN + i_n
+                b_k = tl.load(k4 + i_k[:, None].to(tl.int64) * BD + i_d[None, :])
+                b_ks, b_c = tl.load(k_scale + i_k), tl.load(shift + i_k)
+                b_e = tl.dot(b_q, tl.trans(b_k)).to(tl.float32)
+                b_e = b_e * (b_scale[:, None] * b_ks[None, :]) + b_c[None, :]
+                # A thread of the product holds pairs of columns, every fourth pair: over these eight of a
+                # tile's columns the largest takes no exchange; the four threads' bits meet at the word's end.
+                b_e = tl.reshape(b_e, (BM, PARTS, 4, 4, 2))
+                b_above = tl.max(tl.max(b_e, 4), 2) > b_t[:, None, None]
+                b_word |= tl.sum(b_above.to(tl.int32) << i_part[None, :, None], 1) << (turn * PARTS)
+        # Or over a block's rows.
+        b_bits = tl.reduce(tl.reshape(b_word, (BLOCKS, _ROWS * 4)), 1, _or)
         # Tiles that are local to the earlier of the blocks are none of its judged ones.
         left = b_judged - i_w * _WORD
         b_one = tl.full([BLOCKS], 1, dtype=tl.int32)
@@ -206,7 +212,7 @@ def tile_bits(
     q_mean, k_mean = (x.mean(2, dtype=torch.float32) for x in (q, k))
     log_tau = tau.log()
 
-    k4 = torch.empty(B * Hkv, n_keys, BD, dtype=torch.int8, device=device)
+    k4 = torch.empty(B * Hkv, n_keys, BD, dtype=_number(device), device=device)
     k_scale = torch.empty(B * Hkv, n_keys, dtype=torch.float32, device=device)
     shift = torch.empty(B * Hq, n_keys, dtype=torch.float32, device=device)
     BN = 64 if BD <= 64 else 32  # more rows would not fit into the registers
@@ -215,7 +221,7 @@ def tile_bits(
         BN=BN, BD=BD, num_warps=4,
     )  # fmt: skip
 
-    q4 = torch.empty(B * Hq, Mq * ROWS, BD, dtype=torch.int8, device=device)
+    q4 = torch.empty(B * Hq, Mq * ROWS, BD, dtype=k4.dtype, device=device)
     q_scale = torch.empty(B * Hq, Mq * ROWS, dtype=torch.float32, device=device)
     threshold = torch.empty_like(q_scale)
     _queries[(Mq, B * Hq)](
@@ -230,6 +236,12 @@ def tile_bits(
         BM=BM, BD=BD, BN=BN, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return words
+
+
+def _number(device: torch.device) -> torch.dtype:
+    """What holds the 4-bit numbers: float8 where the card (or the interpreter) multiplies it."""
+    new = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    return torch.float8_e4m3fn if new else torch.int8
 
 
 def _tile_sizes(BD: int) -> tuple[int, int, int, int]:
