@@ -37,6 +37,12 @@ def _n_judged(block, n_queries, n_keys):
 
 
 @triton.jit
+def _padded(n_keys):
+    """Columns of a head: what starts a head is aligned for wide loads."""
+    return (n_keys + 15) // 16 * 16
+
+
+@triton.jit
 def _quantize(b_x):
     """Whole numbers from -7 to 7, one scale per row, and whether the row is finite."""
     # 0 times NaN or infinity is NaN, which equals nothing.
@@ -53,10 +59,10 @@ def _quantize(b_x):
 
 @triton.jit(do_not_specialize=["n_keys"])
 def _keys(
-    k, k_mean, q_mean, k4, k_scale, shift, stride_kb, stride_kh, stride_kn, Hkv, G, n_keys, D, scale,
+    k, k_mean, q_mean, k4, columns, stride_kb, stride_kh, stride_kn, Hkv, G, n_keys, D, scale,
     BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """4-bit keys ``[B * Hkv, Nk, BD]``, their scales, and per query head ``scale c_j [B * Hq, Nk]``."""
+    """4-bit keys ``[B * Hkv, Nk, BD]``, and per query head their scales and ``scale c_j``, side by side."""
     i_bh = tl.program_id(1).to(tl.int64)
     i_n, i_d = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)
     b_here, b_dim = i_n < n_keys, i_d < D
@@ -66,14 +72,15 @@ def _keys(
     b_k = b_k.to(tl.float32) - tl.load(k_mean + i_bh * D + i_d, mask=b_dim, other=0.0)[None, :]
     b_k4, b_scale, b_finite = _quantize(b_k)
     tl.store(k4 + i_bh * n_keys * BD + at * BD + i_d[None, :], b_k4.to(k4.dtype.element_ty), mask=b_here[:, None])
-    tl.store(k_scale + i_bh * n_keys + i_n, b_scale, mask=b_here)
     for i_g in range(0, G):
         i_q = i_bh * G + i_g
         b_mean = tl.load(q_mean + i_q * D + i_d, mask=b_dim, other=0.0)
         b_shift = tl.sum(b_k * b_mean[None, :], 1) * scale
         # What can't be compared is kept: an infinite estimate stands for it.
         b_shift = tl.where(b_finite & (tl.abs(b_shift) < float("inf")), b_shift, float("inf"))
-        tl.store(shift + i_q * n_keys + i_n, b_shift, mask=b_here)
+        p = columns + (i_q * _padded(n_keys) + i_n) * 2
+        tl.store(p, b_scale, mask=b_here)
+        tl.store(p + 1, b_shift, mask=b_here)
 
 
 @triton.jit
@@ -146,7 +153,7 @@ def _or(a, b):
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "Mq", "W"])
 def _estimate(
-    q4, q_scale, threshold, k4, k_scale, shift, log_tau, words, Hq, G, n_queries, n_keys, Mq, W,
+    q4, q_scale, threshold, k4, columns, log_tau, words, Hq, G, n_queries, n_keys, Mq, W,
     BM: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Bits of the judged tiles of BM / 64 query blocks."""
@@ -170,8 +177,7 @@ def _estimate(
     b_t = tl.load(threshold + row, mask=b_rows, other=float("inf"))
     # Tested tiles start behind the sink; the last ends well before the last key.
     k4 += i_hk * n_keys * BD + _KEYS * BD
-    k_scale += i_hk * n_keys + _KEYS
-    shift += i_bh * n_keys + _KEYS
+    columns += i_bh * _padded(n_keys) + _KEYS
     i_part = tl.arange(0, PARTS)
     dense = tl.load(log_tau + i_h) == float("-inf")
     for i_w in range(0, (most + _WORD - 1) // _WORD):
@@ -183,7 +189,9 @@ def _estimate(
             for turn in range(0, turns):
                 i_k = (i_w * TURNS + turn) * BN + i_n
                 b_k = tl.load(k4 + i_k[:, None].to(tl.int64) * BD + i_d[None, :])
-                b_ks, b_c = tl.load(k_scale + i_k), tl.load(shift + i_k)
+                b_both = tl.load(columns + i_k)  # two float32 in one int64: half the loads
+                b_ks = b_both.to(tl.int32).to(tl.float32, bitcast=True)
+                b_c = (b_both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
                 b_e = tl.dot(b_q, tl.trans(b_k)).to(tl.float32)
                 b_e = b_e * (b_scale[:, None] * b_ks[None, :]) + b_c[None, :]
                 # A thread of the product holds pairs of columns, every fourth pair: over these eight of a
@@ -213,11 +221,10 @@ def tile_bits(
     log_tau = tau.log()
 
     k4 = torch.empty(B * Hkv, n_keys, BD, dtype=_number(device), device=device)
-    k_scale = torch.empty(B * Hkv, n_keys, dtype=torch.float32, device=device)
-    shift = torch.empty(B * Hq, n_keys, dtype=torch.float32, device=device)
+    columns = torch.empty(B * Hq, triton.cdiv(n_keys, 16) * 16, 2, dtype=torch.float32, device=device)
     BN = 64 if BD <= 64 else 32  # more rows would not fit into the registers
     _keys[(triton.cdiv(n_keys, BN), B * Hkv)](
-        k, k_mean, q_mean, k4, k_scale, shift, *k.stride()[:3], Hkv, G, n_keys, D, scale,
+        k, k_mean, q_mean, k4, columns, *k.stride()[:3], Hkv, G, n_keys, D, scale,
         BN=BN, BD=BD, num_warps=4,
     )  # fmt: skip
 
@@ -232,7 +239,7 @@ def tile_bits(
     words = torch.zeros(B, Hq, Mq, W, dtype=torch.int32, device=device)
     BM, BN, warps, stages = _tile_sizes(BD)
     _estimate[(triton.cdiv(Mq * ROWS, BM), B * Hq)](
-        q4, q_scale, threshold, k4, k_scale, shift, log_tau, words, Hq, G, n_queries, n_keys, Mq, W,
+        q4, q_scale, threshold, k4, columns.view(torch.int64), log_tau, words, Hq, G, n_queries, n_keys, Mq, W,
         BM=BM, BD=BD, BN=BN, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return words
@@ -245,8 +252,16 @@ def _number(device: torch.device) -> torch.dtype:
 
 
 def _tile_sizes(BD: int) -> tuple[int, int, int, int]:
-    """Query rows, keys per product (at most a segment), warps, stages."""
-    return (128, 128, 8, 3) if BD <= 128 else (64, 128, 4, 3)
+    """Query rows, keys per product (at most a segment), warps, stages: what TILES names first."""
+    return TILES[64 if BD <= 64 else BD][0]
+
+
+# Each thread loads the scale and shift of all its columns: with more rows to a thread they serve more scores.
+TILES = {
+    64: ((128, 128, 4, 3), (256, 64, 4, 3), (128, 128, 8, 3), (64, 128, 4, 3), (256, 128, 8, 3)),
+    128: ((128, 128, 4, 3), (256, 64, 4, 3), (128, 128, 8, 3), (64, 128, 4, 3), (256, 128, 8, 3)),
+    256: ((64, 128, 4, 3), (128, 64, 4, 3), (128, 128, 8, 2)),
+}
 
 
 @triton.jit
