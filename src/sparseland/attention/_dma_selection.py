@@ -3,16 +3,16 @@
 Scores do not depend on the query, so a key that has left the top-w of a prefix never comes back: later
 prefixes only hold more keys that are better. The queries that see key j are therefore one interval
 ``[j, e_j)``, and ``e_j`` is the position of the w-th key (in the order of positions) that is better than j.
-With the keys sorted by score, that is the w-th smallest among the first ``rank_j`` positions: a wavelet
-matrix answers it for all keys at once in ``log2 N`` steps of a few tensor operations.
+With the keys sorted by score, that is the w-th smallest among the first ``rank_j`` positions.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from sparseland.ops.prefix_order import nth_of_prefixes
 
 _LOWEST = torch.finfo(torch.float32).min
 _HIGHEST = torch.finfo(torch.float32).max
@@ -50,37 +50,8 @@ def eviction_times(ranks: Float[Tensor, "*B N"], width: int) -> Int[Tensor, "*B 
     if width >= n:
         return torch.full(ranks.shape, n, dtype=torch.int64, device=ranks.device)
     order = best_first(ranks)
-    nth = _nth_smallest_of_prefixes(order, width - 1)
+    nth = nth_of_prefixes(order, width - 1)
     # The key of rank r has r better ones; with fewer than `width` it stays for good.
     stays = torch.arange(n, device=ranks.device) < width
     ends = torch.where(stays, n, torch.maximum(nth, order))
     return torch.empty_like(ends).scatter_(-1, order, ends)
-
-
-def _nth_smallest_of_prefixes(order: Int[Tensor, "*B N"], nth: int) -> Int[Tensor, "*B N"]:
-    """For each r, the ``nth`` smallest (from 0) of ``order[:r]``; anything where r <= nth.
-
-    Wavelet matrix (Claude, Navarro and Ordóñez 2015): level by level, from the highest bit down, the
-    sequence is split stably by one bit, and each query follows the side that holds its answer.
-    """
-    n = order.shape[-1]
-    low = torch.zeros_like(order)
-    high = torch.arange(n, device=order.device).expand_as(order)
-    place = torch.full_like(order, nth)
-    found = torch.zeros_like(order)
-    values, index = order, torch.arange(n, device=order.device)
-    for bit in reversed(range(max(1, (n - 1).bit_length()))):
-        ones = (values >> bit) & 1
-        zeros_before = F.pad((1 - ones).cumsum(-1), (1, 0))  # among the first i values, i = 0 ... N
-        zeros = zeros_before[..., -1:]
-        low_zeros, high_zeros = zeros_before.gather(-1, low), zeros_before.gather(-1, high)
-        count = high_zeros - low_zeros
-        right = place >= count
-        place = torch.where(right, place - count, place)
-        found = torch.where(right, found | (1 << bit), found)
-        low = torch.where(right, zeros + low - low_zeros, low_zeros)
-        high = torch.where(right, zeros + high - high_zeros, high_zeros)
-        before = zeros_before[..., :-1]
-        target = torch.where(ones == 1, zeros + index - before, before)
-        values = torch.empty_like(values).scatter_(-1, target, values)
-    return found
