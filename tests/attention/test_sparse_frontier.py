@@ -693,3 +693,47 @@ def test_every_budget_at_every_length_is_a_valid_setting(unit, length):
         method = SparseFrontier.at_sparsity(unit, compression, length)
         assert sl.Recipe([method], {}, {}, {}).methods[0].unit == unit
     assert SparseFrontier.at_sparsity(unit, 1, length) == SparseFrontier.full_budget(length, unit)
+
+
+if torch.cuda.is_available():
+
+    @pytest.mark.parametrize("unit", PREFILL_UNITS)
+    def test_prompts_on_a_gpu_are_as_on_the_cpu_and_wait_for_nothing(unit):
+        x = looking_alike()
+        gpu = AttentionInputs(x.q.cuda(), x.k.cuda(), x.v.cuda(), x.scale, 0)
+        method = setting(unit)
+        expected = method.pattern(x)
+        method.pattern(gpu)  # kernels are loaded
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            pattern = method.pattern(gpu)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        # Scores that are equal but for rounding may change places.
+        assert (pattern.mask().cpu() == expected.mask()).float().mean() > 0.99
+        out = attend(gpu.q, gpu.k, gpu.v, pattern, scale=x.scale).cpu()
+        close = (out - attend(x.q, x.k, x.v, expected, scale=x.scale)).norm() / out.norm()
+        assert close < 0.1
+
+    def test_pages_on_a_gpu_are_chosen_without_waiting():
+        x = inputs()
+        state, q, new = PageBoundsOf(x.k.cuda()), x.q[:, :, -1:].cuda(), x.k[:, :, :1].cuda()
+        best_pages(state, q, 3, True)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            state.push(new)
+            tokens = best_pages(state, q, 3, True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        other = PageBoundsOf(torch.cat([x.k, x.k[:, :, :1]], 2))
+        assert torch.equal(tokens.cpu().sort().values, best_pages(other, q.cpu(), 3, True).sort().values)
+
+    @pytest.mark.parametrize("unit", DECODE_UNITS)
+    def test_decoding_on_a_gpu_is_as_on_the_cpu(unit, model, ids):
+        expected, wanted = decoded(model, ids, setting(unit))
+        try:
+            got, stats = decoded(model.cuda(), ids.cuda(), setting(unit))
+        finally:
+            model.cpu()
+        assert stats.decode_density == pytest.approx(wanted.decode_density)
+        assert (got.cpu() - expected).norm() / expected.norm() < 0.05

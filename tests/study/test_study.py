@@ -13,7 +13,7 @@ from sparseland.cli import main
 from sparseland.errors import SparselandError
 from sparseland.models import load_model
 from sparseland.study import ask, job
-from sparseland.study.analysis import sample_scores, summary
+from sparseland.study.analysis import can_do, sample_scores, summary
 from sparseland.study.job import StudyOptions, measure
 from sparseland.study.journal import Journal, read_rows
 from sparseland.study.page import write_page
@@ -27,7 +27,7 @@ def options(folders, out, **changes):
     given = {
         "models": [str(f) for f in folders], "units": ["block", "snapkv", "quest"], "compressions": [1, 4],
         "lengths": [LENGTH], "tasks": ["needle"], "samples": 3, "out": out, "dtype": "float32",
-        "device": "cpu",
+        "device": "cpu", "uncounted": True,
     }  # fmt: skip
     return StudyOptions(**{**given, **changes})
 
@@ -110,6 +110,34 @@ def test_the_same_study_goes_on_and_measures_nothing_twice(measured, folders, tm
     last = [r for r in again if r["kind"] == "cell"][-1]
     assert last["nats"] == rows[-1]["nats"]
     assert len(list(read_rows(copy / "results.jsonl"))) == len(again)
+
+
+def test_what_dense_can_not_do_is_not_measured_further_unless_asked(folders, tmp_path):
+    rows = measure(options(folders[:1], tmp_path / "o", uncounted=False))
+    assert [r["unit"] for r in rows if r["kind"] == "cell"] == ["dense"]
+    assert [r["counts"] for r in summary(rows)["dense"]] == [False]
+
+
+def test_sparse_settings_may_be_asked_for_the_right_answer_only(folders, tmp_path):
+    rows = measure(options(folders[:1], tmp_path / "o", units=["quest"], choose=False, generate=False))
+    dense, quest = (r for r in rows if r["kind"] == "cell")
+    assert (len(dense["chosen"]), len(quest["chosen"]), len(quest["nats"])) == (3, 0, 3)
+    found = summary(rows)
+    assert [c["chosen"] is None for c in found["cells"]] == [False, True]
+
+
+def test_right_answers_by_chance_do_not_count():
+    def dense(right, samples, generated=0):
+        return {
+            "chosen": [i < right for i in range(samples)], "offered": 5,
+            "generated": [i < generated for i in range(samples)],
+        }  # fmt: skip
+
+    assert not can_do(dense(3, 6))  # a fifth of 6 is chance; 3 come by it once in ten
+    assert can_do(dense(6, 12))
+    assert not can_do(dense(5, 12))
+    assert can_do(dense(0, 6, generated=3))
+    assert not can_do({**dense(6, 6), "offered": 1})
 
 
 def test_time_that_is_up_leaves_cells_out(folders, tmp_path):
@@ -309,7 +337,7 @@ def test_the_command_measures_prints_and_writes(folders, tmp_path, capsys):
     out = tmp_path / "out"
     given = (
         folders[0], "--units", "block", "--compression", "1,4", "--lengths", LENGTH, "--tasks", "needle",
-        "--samples", "2", "--out", out, "--dtype", "float32", "--device", "cpu",
+        "--samples", "2", "--out", out, "--dtype", "float32", "--device", "cpu", "--uncounted",
     )  # fmt: skip
     assert command(*given) == 0
     text = capsys.readouterr().out
@@ -330,7 +358,7 @@ def test_ctrl_c_says_where_the_results_are(folders, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(job._Model, "_decode", stop)
     code = command(
         folders[0], "--units", "quest", "--compression", "4", "--lengths", LENGTH, "--tasks", "needle",
-        "--samples", "2", "--out", tmp_path / "o", "--dtype", "float32", "--device", "cpu",
+        "--samples", "2", "--out", tmp_path / "o", "--dtype", "float32", "--device", "cpu", "--uncounted",
     )  # fmt: skip
     assert code == 130
     assert "what was measured is kept in" in capsys.readouterr().err.splitlines()[-1]
@@ -361,3 +389,34 @@ def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, arguments, words):
     assert words in err
     assert err.count("\n") == 1
     assert not (tmp_path / "study").exists()
+
+
+# ------------------------------------------------------------------------ claim
+
+
+def test_the_claim_is_judged_by_its_numbers(monkeypatch):
+    from sparseland.claims import sparse_frontier as claim
+
+    monkeypatch.setattr(claim, "measure", lambda request: planted(sizes=(1e8,), lengths=(1024, 4096, 8192)))
+    told = claim.reproduce("full")
+    assert told["holds"] is True
+    assert told["ours"]["tasks_that_dense_can_not_do"] == ["beyond"]
+    assert told["ours"]["safe_compression_decoding"] >= told["ours"]["safe_compression_prompts"] == 1
+    assert told["ours"]["least_compression_that_hurts_a_task"] == 2
+    assert told["ours"]["best_unit_per_task"]["easy, decode"] == "quest"
+    json.dumps(told, allow_nan=False)
+
+    def swapped(request):
+        names = {"block": "quest", "quest": "block"}
+        rows = planted(sizes=(1e8,), lengths=(1024, 4096, 8192))
+        return [
+            {**r, "unit": names[r["unit"]], "phase": job.phase_of(names[r["unit"]]),
+             "spec": spec(names[r["unit"]], r["compression"], r["length"])}
+            if r.get("unit") in names else r for r in rows
+        ]  # fmt: skip
+
+    monkeypatch.setattr(claim, "measure", swapped)
+    assert claim.reproduce("full")["holds"] is False
+    assert claim.reproduce("smoke")["holds"] is False
+    monkeypatch.setattr(claim, "measure", lambda request: [])
+    assert claim.reproduce("full")["holds"] is False

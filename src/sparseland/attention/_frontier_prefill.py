@@ -19,8 +19,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparseland.method import AttentionInputs
+from sparseland.ops.block_lists import block_lists, column_lists
 from sparseland.ops.block_scores import mean_pool, probe_vertical_slash
-from sparseland.patterns import BlockColumnPattern, BlockPattern, ColumnPattern, cdiv, visible_blocks
+from sparseland.patterns import (
+    BlockColumnPattern,
+    BlockPattern,
+    ColumnPattern,
+    Pattern,
+    cdiv,
+    in_pieces,
+    visible_blocks,
+)
 
 TILE = 64
 # Probe rows taken at once: few enough for the fused kernel at every head size.
@@ -85,55 +94,54 @@ def vertical_slash(
     n_columns: int | Int[Tensor, "B H"],
     diagonals: Ranked,
     n_diagonals: int | Int[Tensor, "B H"],
-) -> BlockColumnPattern:
-    """The first columns and diagonals of each head as blocks and single columns."""
+) -> Pattern:
+    """The first columns and diagonals of each head as blocks and single columns; nothing is synchronised."""
     n_queries, n_keys, device = x.q.shape[2], x.k.shape[2], x.q.device
-    blocks = _diagonal_blocks(diagonals.order, n_diagonals, n_queries, n_keys)
-    # One number for all heads bounds the lists; otherwise the longest head does (the one synchronisation).
-    most = n_columns if isinstance(n_columns, int) else int(n_columns.max())
-    most = min(most, n_keys)
-    top = columns.order[..., :most]
-    if not isinstance(n_columns, int):
-        top = torch.where(torch.arange(most, device=device) < n_columns[..., None], top, n_keys)
-    top = top.sort(dim=-1).values[:, :, None]  # (B, H, 1, V), n_keys where a head has fewer
-    last = torch.arange(1, blocks.shape[2] + 1, device=device) * TILE - 1
-    last = (last.clamp(max=n_queries - 1) + x.offset)[:, None]
-    shape = (*blocks.shape[:3], most)
-    covered = blocks.gather(-1, (top // TILE).clamp(max=blocks.shape[3] - 1).expand(shape))
-    wanted = (top <= last) & ~covered
-    # What is not wanted sorts behind what is: ascending lists without looking at their lengths.
-    lists = torch.where(wanted, top, n_keys).sort(dim=-1).values.clamp(max=n_keys - 1).to(torch.int32)
-    single = ColumnPattern(n_queries, n_keys, TILE, wanted.sum(-1, dtype=torch.int32), lists)
-    whole = BlockPattern.from_block_mask(blocks, TILE, n_queries, n_keys)
-    return BlockColumnPattern(n_queries, n_keys, whole, single)
+    most = min(n_columns, n_keys) if isinstance(n_columns, int) else n_keys
+    counts = _counts(n_columns, columns.order).clamp(max=n_keys)
+    # What is not taken sorts behind what is: ascending lists without looking at their lengths.
+    taken = torch.arange(most, device=device) < counts[..., None]
+    positions = torch.where(taken, columns.order[..., :most], n_keys).sort(dim=-1).values.to(torch.int32)
+    bands = diagonal_bands(diagonals.order, n_diagonals, n_queries, n_keys)
+
+    def lists(start: int, stop: int) -> Pattern:
+        rows, seen = stop - start, x.offset + stop
+        blocks = BlockPattern(rows, seen, TILE, *block_lists(rows, seen, TILE, bands=bands))
+        single = column_lists(positions, counts, rows, seen, TILE, bands=bands)
+        return BlockColumnPattern(rows, seen, blocks, ColumnPattern(rows, seen, TILE, *single))
+
+    row_bytes = 4 * (cdiv(n_keys, TILE) + most) * counts.numel()
+    return in_pieces(lists, n_queries, n_keys, TILE, row_bytes)
 
 
-def _diagonal_blocks(
+def _counts(count: int | Int[Tensor, "B H"], order: Int[Tensor, "B H n"]) -> Int[Tensor, "B H"]:
+    """A count per head, made on the device."""
+    if isinstance(count, int):
+        return torch.full(order.shape[:2], count, device=order.device)
+    return count
+
+
+def diagonal_bands(
     order: Int[Tensor, "B H Nk"], count: int | Int[Tensor, "B H"], n_queries: int, n_keys: int
-) -> Bool[Tensor, "B H Mq Mk"]:
-    """All blocks that a chosen diagonal touches.
+) -> Bool[Tensor, "B H W"]:
+    """Which diagonals of blocks the chosen ones touch, as ``block_lists`` takes them.
 
     A row of query blocks starts at position ``p = 64 R + m``. Distance o leads from there to the keys
     ``p - o ... p - o + 63``, which lie ``-floor((m - o) / 64)`` and ``-floor((m - o + 63) / 64)`` key blocks
-    to the left of block R: which blocks are touched depends on that number only.
+    to the left of block R: which blocks are touched depends on that number only. Entry d + 1 stands for d
+    blocks to the left, d >= -1.
     """
     device, offset = order.device, n_keys - n_queries
-    rows, width = cdiv(n_queries, TILE), cdiv(n_keys, TILE)
-    start, inside = divmod(offset, TILE)
     if isinstance(count, int):
         order = order[..., :count]
-        chosen = torch.ones_like(order, dtype=torch.bool)
-    else:
-        chosen = torch.arange(order.shape[-1], device=device) < count[..., None]
-    # Entry d + 1 stands for d blocks to the left, d >= -1; the last one takes what is not chosen.
-    touched = torch.zeros(*order.shape[:2], width + 3, dtype=torch.bool, device=device)
-    for edge in (inside, inside + TILE - 1):
+    chosen = torch.arange(order.shape[-1], device=device) < _counts(count, order)[..., None]
+    width = cdiv(n_keys, TILE) + 2
+    touched = torch.zeros(*order.shape[:2], width + 1, dtype=torch.bool, device=device)
+    for edge in (offset % TILE, offset % TILE + TILE - 1):
         left = -torch.div(edge - order, TILE, rounding_mode="floor")
-        touched.scatter_(-1, torch.where(chosen, left + 1, width + 2), True)
-    touched[..., -1] = False
-    at = torch.arange(rows, device=device)[:, None] + start - torch.arange(width, device=device) + 1
-    blocks = touched[..., torch.where(at >= 0, at, width + 2)]
-    return blocks & visible_blocks(n_queries, n_keys, TILE, device)
+        # The last entry takes what is not chosen, and is cut off.
+        touched.scatter_(-1, torch.where(chosen, left + 1, width), True)
+    return touched[..., :width].contiguous()
 
 
 # ----------------------------------------------------------------------- blocks

@@ -108,7 +108,6 @@ class SparseFrontier(PrefillMethod, StoreMethod, SelectMethod):
             "the budgets belong to prompts of 16K tokens and more; at_sparsity() fits them to a length",
             "the 64 forced diagonals touch two blocks of 64 per row: vertical-slash and flexprefill can't be "
             "sparser than about 0.2 of the pairs at 1K tokens, 0.05 at 4K",
-            "flexprefill looks once at how many columns the fullest head takes (one synchronisation)",
             "after snapkv or ada-snapkv dropped tokens no second prompt can follow in the same cache",
             "which pairs early queries compute depends on the prompt's last queries (vertical-slash, "
             "flexprefill)",

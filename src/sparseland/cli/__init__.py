@@ -258,6 +258,9 @@ def run_study_of(
         str, typer.Option(help="What is compared: likelihood, chosen or generated.")
     ] = "likelihood",
     generate: Annotated[bool, typer.Option(help="Also decode answers greedily.")] = True,
+    uncounted: Annotated[
+        bool, typer.Option("--uncounted", help="Also measure tasks that the dense model can't do.")
+    ] = False,
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text file or folder (default: Python's own documentation).")
     ] = None,
@@ -279,6 +282,7 @@ def run_study_of(
 
     options = {
         "models": models or [], "samples": whole("--samples", samples, least=1), "generate": generate,
+        "uncounted": uncounted,
         "text": text, "out": out, "dtype": dtype, "device": device, "seed": whole("--seed", seed),
         "command": _command(context),
     }  # fmt: skip

@@ -144,6 +144,8 @@ def hold_out(points: Sequence[Point], axis: Held) -> HoldOut | None:
     edge = values[-1] if axis != "compression" else values[len(values) * 3 // 4]
     inside = [p for p in points if getattr(p, axis) < edge]
     outside = [p for p in points if getattr(p, axis) >= edge]
+    if len(outside) < 2:  # one point has no variance to explain
+        return None
     try:
         law = Law.fit(inside)
         # With one value left, the axis has no coefficient, and the law can't be asked beyond it.

@@ -83,8 +83,8 @@ def summary(rows: Sequence[Row], score: str = "likelihood") -> dict[str, Any]:
 def _cells(rows: Sequence[Row], score: str) -> list[Row]:
     """Measured cells with their scores, whether their task counts, and what they lose against dense."""
     cells = [r for r in rows if r["kind"] == "cell" and r["status"] == "ok"]
-    if score == "generated":
-        cells = [c for c in cells if c["generated"]]
+    if score != "likelihood":
+        cells = [c for c in cells if c[score]]
     dense = {(c["model"], c["task"], c["length"]): c for c in cells if c["unit"] == "dense"}
     made: list[Row] = []
     for c in cells:
@@ -101,10 +101,10 @@ def _cells(rows: Sequence[Row], score: str) -> list[Row]:
                 "samples": len(values),
                 "score": statistics.fmean(values),
                 "interval": [low, high],
-                "chosen": statistics.fmean(c["chosen"]),
+                "chosen": statistics.fmean(c["chosen"]) if c["chosen"] else None,
                 "generated": statistics.fmean(c["generated"]) if c["generated"] else None,
                 "chance": 1 / c["offered"],
-                "counts": _can_do(reference),
+                "counts": can_do(reference),
                 "scores": values,
                 "dense_scores": sample_scores(reference, score),
             }
@@ -117,8 +117,10 @@ def _cells(rows: Sequence[Row], score: str) -> list[Row]:
     return made
 
 
-def _can_do(dense: Row) -> bool:
+def can_do(dense: Row) -> bool:
     """Whether the dense model gets half of a task right, and not by chance where it only had to choose."""
+    if not dense["chosen"]:
+        return countable(dense["generated"])
     right, samples, chance = sum(dense["chosen"]), len(dense["chosen"]), 1 / dense["offered"]
     by_chance = sum(
         math.comb(samples, n) * chance**n * (1 - chance) ** (samples - n) for n in range(right, samples + 1)

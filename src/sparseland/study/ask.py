@@ -36,8 +36,9 @@ class Scores:
     """One number per sample.
 
     Args:
-        chosen: whether the right answer is likelier than every wrong one (per token that is asked).
-        gold: its probability among them.
+        chosen: whether the right answer is likelier than every wrong one (per token that is asked); empty if
+            the wrong ones were not asked for.
+        gold: its probability among them; as empty.
         nats: its negative log-likelihood per token that is asked.
         generated: whether greedy decoding says a right answer; empty if it was not asked.
     """
@@ -148,15 +149,17 @@ def answers(
     *,
     stepwise: bool,
     generate: bool = True,
+    choose: bool = True,
 ) -> Scores:
     """Score the samples' answers behind what ``cache`` holds; ``logits`` predict their first token.
 
     Args:
         stepwise: token by token, for methods that act while decoding; else an answer in one go.
         generate: also decode greedily.
+        choose: also ask how likely the wrong answers are.
     """
     rewind = _Rewind(cache)
-    offered = [[s.answers[0], *s.others] for s in samples]
+    offered = [[s.answers[0], *(s.others if choose else ())] for s in samples]
     most = max(map(len, offered))
     rates: list[list[float]] = [[] for _ in samples]
     counts: list[list[int]] = [[] for _ in samples]
@@ -175,12 +178,13 @@ def answers(
                 counts[i].append(int(asked[i].sum()))
     scores = Scores()
     for rate, count in zip(rates, counts, strict=True):
-        # The likelihood itself where all answers have equally many tokens, as numbers do.
-        weight = sum(count) / len(count)
-        shares = (torch.tensor(rate, dtype=torch.float64) * weight).softmax(0)
-        scores.gold.append(float(shares[0]))
-        scores.chosen.append(all(rate[0] > other for other in rate[1:]))
         scores.nats.append(-rate[0])
+        if choose:
+            # The likelihood itself where all answers have equally many tokens, as numbers do.
+            weight = sum(count) / len(count)
+            shares = (torch.tensor(rate, dtype=torch.float64) * weight).softmax(0)
+            scores.gold.append(float(shares[0]))
+            scores.chosen.append(all(rate[0] > other for other in rate[1:]))
     if generate:
         if any(len(s.answers) > 1 for s in samples):
             greedy = _greedy(model, cache, logits, samples)

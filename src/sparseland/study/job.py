@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from sparseland.models import LoadedModel, load_model
 from sparseland.models.capture import capture_qkv
 from sparseland.models.surgery import attention_layers
 from sparseland.study import ask
+from sparseland.study.analysis import can_do
 from sparseland.study.journal import Journal
 from sparseland.tasks import TASKS, Sample
 from sparseland.tasks.text import default_text, load_text, tokenize
@@ -61,6 +64,9 @@ class StudyOptions:
         samples: per task and length.
         out: folder for results.jsonl, summary.json and report.html.
         generate: also decode greedily, beside comparing likelihoods.
+        choose: ask sparse settings for the wrong answers, too; else only the dense model is asked, which
+            decides whether the task counts.
+        uncounted: also measure sparse settings on tasks that the dense model can't do.
         seconds: start no more cells after this time (None: measure all).
     """
 
@@ -76,6 +82,8 @@ class StudyOptions:
     device: str | None = None
     seed: int = 0
     generate: bool = True
+    choose: bool = True
+    uncounted: bool = False
     seconds: float | None = None
     command: str = "sparseland study sparse-frontier"
 
@@ -132,7 +140,7 @@ class _Lazy:
     def __init__(self, options: StudyOptions, text: str) -> None:
         self._options = options
         self._journal: Journal | None = None
-        parts = [SCHEMA, options.seed, options.samples, options.dtype, options.generate]
+        parts = [SCHEMA, options.seed, options.samples, options.dtype, options.generate, options.choose]
         digest = hashlib.sha256(json.dumps(parts).encode())
         digest.update(text.encode())
         self._fingerprint = digest.hexdigest()
@@ -172,23 +180,31 @@ class _Model:
 
     def run(self) -> None:
         """Every length and task; the dense cell first, which the others are paired with."""
-        # The first prompts are made before the folder is: a length or text that does not fit leaves none.
-        made: dict[tuple[str, int], list[Sample]] = {}
-        for length in sorted(set(self.options.lengths)):
-            for task in self.options.tasks:
-                self.say(f"{self.name}: making {task}, {length} tokens", self.done / self.total)
-                make = TASKS[task]
-                made[task, length] = make(
-                    self.tokenizer, self.text, length, self.options.samples, self.options.seed
-                )
+        wanted = [(task, n) for n in sorted(set(self.options.lengths)) for task in self.options.tasks]
+        # Tokenizers let go of the interpreter, so that threads make long prompts while others are measured.
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            self.say(f"{self.name}: making prompts", self.done / self.total)
+            # One of each first: a length or text that does not fit is told before there is a folder.
+            for first in [pool.submit(self._make, task, length, 1) for task, length in wanted]:
+                first.result()
+            made = [pool.submit(self._make, task, length, self.options.samples) for task, length in wanted]
+            try:
+                self._measure(wanted, made)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _make(self, task: str, length: int, count: int) -> list[Sample]:
+        return TASKS[task](self.tokenizer, self.text, length, count, self.options.seed)
+
+    def _measure(self, wanted: Sequence[tuple[str, int]], made: Sequence[Future[list[Sample]]]) -> None:
         self.journal = self.lazy.journal
         if not self.journal.find("model", model=self.name):
             dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
             shape = {name: getattr(self.shape, name) for name in self.shape.__dataclass_fields__}
             device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
             self.journal.add({"kind": "model", "model": self.name, "dtype": dtype, "device": device, **shape})
-        for (task, length), samples in made.items():
-            self._task(task, length, samples)
+        for (task, length), samples in zip(wanted, made, strict=True):
+            self._task(task, length, samples.result())
 
     # ---------------------------------------------------------------- settings
 
@@ -221,6 +237,8 @@ class _Model:
     # ------------------------------------------------------------------- cells
 
     def _task(self, task: str, length: int, samples: Sequence[Sample]) -> None:
+        if self._late():
+            return
         plan: list[tuple[str, float, str]] = [("dense", 1.0, "")]
         plan += [(unit, c, spec) for (unit, c), spec in self._settings(length).items()]
         ids = ask.equal_prompts(samples, self.tokenizer)
@@ -239,7 +257,8 @@ class _Model:
             what = "dense" if unit == "dense" else f"{unit} {compression:g}x"
             self.say(f"{self.name}: {task}, {length} tokens, {what}", min(1.0, self.done / self.total))
             self.done += length
-            if self.journal.find("cell", status="ok", **place) or self._late():
+            known = self.journal.find("cell", status="ok", **place)
+            if known or self._late() or (unit != "dense" and self._beyond(task, length)):
                 continue
             begun = time.perf_counter()
             try:
@@ -251,6 +270,13 @@ class _Model:
                 row = {"status": "failed", "reason": f"out of memory: {error}".splitlines()[0]}
             row["seconds"] = round(time.perf_counter() - begun, 3)
             self.journal.add({"kind": "cell", **place, "phase": phase_of(unit), "spec": spec, **row})
+
+    def _beyond(self, task: str, length: int) -> bool:
+        """Whether the dense model can't do a task, so that what sparse settings do would not count."""
+        dense = self.journal.find(
+            "cell", status="ok", model=self.name, task=task, length=length, unit="dense"
+        )
+        return not self.options.uncounted and bool(dense) and not can_do(dense[0])
 
     def _late(self) -> bool:
         limit = self.options.seconds
@@ -296,7 +322,7 @@ class _Model:
                 density = handle.stats().density or 1.0
         scores = ask.answers(
             self.model, out.past_key_values, out.logits[:, -1], batch, stepwise=False,
-            generate=self.options.generate,
+            generate=self.options.generate, choose=self.options.choose or method is None,
         )  # fmt: skip
         return scores, density
 
@@ -326,8 +352,9 @@ class _Model:
             for token in torch.split(ids[:, cut:], 1, dim=1):
                 logits = self.model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1]
             scores = ask.answers(
-                self.model, cache, logits, batch, stepwise=True, generate=self.options.generate
-            )
+                self.model, cache, logits, batch, stepwise=True, generate=self.options.generate,
+                choose=self.options.choose,
+            )  # fmt: skip
             density = handle.stats().decode_density
         assert density is not None
         return scores, density
