@@ -1,7 +1,7 @@
 """Vertical and slash sums of the probe rows in Triton: K is read twice, no L x Nk matrix is stored.
 
-The first kernel finds the rows' log-sum-exp over chunks of the keys. The second takes a tile of keys as
-wide as the probe is high, recomputes its probabilities, and sums them along columns and, after a skew in
+The first kernel finds the rows' log-sum-exp over chunks of the keys. The second takes up to 64 probe rows
+and a tile of keys as wide as they are high, recomputes its probabilities, and sums them along columns and, after a skew in
 registers, along diagonals. A tile touches two runs of diagonals, the second shared with its neighbour's
 first; each run goes to its own place and the last kernel adds the two and sums blocks: no atomics, so the
 result is the same in every run.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 _LOG2E = 1.4426950408889634
 _CHUNKS = 64  # parts of the keys whose log-sum-exps are found apart
+_PART = 64  # probe rows of one program of the sums
 
 
 # Products of block means use the tensor cores, three tf32 products for one of float32.
@@ -75,22 +76,25 @@ def _chunk_lse(
 @triton.jit
 def _sums(
     q, k, lse, vertical, low, high, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    Hq, Hkv, n_queries, n_keys, n_probe, D, scale_log2, BL: tl.constexpr, BD: tl.constexpr,
+    Hq, Hkv, n_queries, n_keys, n_probe, D, scale_log2, ROWS, BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    i_tile, i_bh = tl.program_id(0), tl.program_id(1)
+    """Part ``program_id(2)`` of the probe, BL of its ROWS rows, against as many keys."""
+    i_tile, i_bh, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_h = (i_bh // Hq).to(tl.int64), (i_bh % Hq).to(tl.int64)
-    i_row, i_d, i_c = tl.arange(0, BL), tl.arange(0, BD), tl.arange(0, BL)
+    i_c, i_d = tl.arange(0, BL), tl.arange(0, BD)
+    i_row = i_part * BL + i_c
     b_q = _load_q(q, stride_qb, stride_qh, stride_qn, i_b, i_h, i_row, i_d, n_queries, n_probe, D)
     k_base = k + i_b * stride_kb + (i_h // (Hq // Hkv)) * stride_kh
     i_k = i_tile * BL + i_c
-    b_lse = tl.load(lse + i_bh.to(tl.int64) * BL + i_row)
+    b_lse = tl.load(lse + i_bh.to(tl.int64) * ROWS + i_row)
     b_s = _logits(b_q, k_base, stride_kn, i_k, i_row, i_d, n_keys, n_probe, D, scale_log2)
     b_p = tl.exp2(b_s - b_lse[:, None])
-    tl.store(vertical + i_bh.to(tl.int64) * n_keys + i_k, tl.sum(b_p, 0), mask=i_k < n_keys)
+    i_pbh = i_part.to(tl.int64) * tl.num_programs(1) + i_bh
+    tl.store(vertical + i_pbh * n_keys + i_k, tl.sum(b_p, 0), mask=i_k < n_keys)
     # Skew: place (i, c) gets the column c + i; past the tile's end it is the diagonal c - BL.
-    i_from = i_c[None, :] + i_row[:, None]
+    i_from = i_c[None, :] + i_c[:, None]
     b_skew = tl.gather(b_p, i_from % BL, 1)
-    i_out = (i_bh.to(tl.int64) * tl.num_programs(0) + i_tile) * BL + i_c
+    i_out = (i_pbh * tl.num_programs(0) + i_tile) * BL + i_c
     tl.store(high + i_out, tl.sum(tl.where(i_from < BL, b_skew, 0.0), 0))
     tl.store(low + i_out, tl.sum(tl.where(i_from >= BL, b_skew, 0.0), 0))
 
@@ -112,21 +116,26 @@ def _merge_lse(partial, lse, chunks, BL: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def _gather_sums(
-    tokens, blocks, low, high, n_bh, n_keys, n_probe, n_blocks, padded, SIZE,
-    BL: tl.constexpr, BS: tl.constexpr,
+    vertical, low, high, tokens, blocks, n_bh, n_keys, n_probe, n_blocks, padded, SIZE,
+    PARTS: tl.constexpr, BL: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Diagonals in the order of their distance, and the sums of blocks of columns and of distances."""
+    """Sums over the probe's parts, diagonals by their distance, and sums of blocks of both."""
     i_m, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_s = tl.arange(0, BS)
     i_n = i_m * SIZE + i_s
     b_in = (i_s < SIZE) & (i_n < n_keys)
-    b_v = tl.load(tokens + i_bh * n_keys + i_n, mask=b_in, other=0.0)
-    # Diagonal d = j - i of a tile runs from -BL up: `high` starts at the tile's first key, `low` BL before.
-    # Distance o is the diagonal Nk - L - o.
-    i_d = n_keys - n_probe - i_n
-    b_high = tl.load(high + i_bh * padded + i_d, mask=b_in & (i_d >= 0), other=0.0)
-    b_low = tl.load(low + i_bh * padded + i_d + BL, mask=b_in & (i_d + BL < padded), other=0.0)
-    b_s = b_low + b_high
+    b_v = tl.zeros([BS], tl.float32)
+    b_s = tl.zeros([BS], tl.float32)
+    for i_part in tl.static_range(PARTS):
+        i_pbh = i_part * n_bh + i_bh
+        b_v += tl.load(vertical + i_pbh * n_keys + i_n, mask=b_in, other=0.0)
+        # Diagonal d = j - i of a tile runs from -BL up: `high` starts at the tile's first key, `low` BL
+        # before. Distance o is the diagonal Nk - L - o of the first part's rows i, BL more for each other.
+        i_d = n_keys - n_probe + i_part * BL - i_n
+        b_s += tl.load(high + i_pbh * padded + i_d, mask=b_in & (i_d >= 0), other=0.0)
+        b_low = b_in & (i_d >= -BL) & (i_d + BL < padded)
+        b_s += tl.load(low + i_pbh * padded + i_d + BL, mask=b_low, other=0.0)
+    tl.store(tokens + i_bh * n_keys + i_n, b_v, mask=b_in)
     tl.store(tokens + (n_bh + i_bh) * n_keys + i_n, b_s, mask=b_in)
     tl.store(blocks + i_bh * n_blocks + i_m, tl.sum(b_v, 0))
     tl.store(blocks + (n_bh + i_bh) * n_blocks + i_m, tl.sum(b_s, 0))
@@ -281,14 +290,22 @@ def probe_sums(
     lse = torch.empty(B * Hq, BL, **number)
     tokens = torch.empty(2, B, Hq, n_keys, **number)
     blocks = torch.empty(2, B, Hq, triton.cdiv(n_keys, block_size), **number)
-    low, high = torch.empty(2, B * Hq, tiles * BL, **number)
+    # The skew is dear in wide tiles: the probe goes by in parts.
+    part = min(BL, _PART)
+    parts, part_tiles = triton.cdiv(n_probe, part), triton.cdiv(n_keys, part)
+    vertical = torch.empty(parts, B * Hq, n_keys, **number)
+    low, high = torch.empty(2, parts, B * Hq, part_tiles * part, **number)
     options = {"BL": BL, "BD": BD, "num_warps": 4 if BL * BD <= 64 * 64 else 8, "num_stages": 2}
     _chunk_lse[(chunks, B * Hq)](q, k, partial, *strides, *sizes, chunk, scale * _LOG2E, **options)
     _merge_lse[(B * Hq,)](partial, lse, chunks, BL=BL, BC=_CHUNKS, num_warps=4)
-    _sums[(tiles, B * Hq)](q, k, lse, tokens, low, high, *strides, *sizes, scale * _LOG2E, **options)
+    narrow = {"BL": part, "BD": BD, "num_warps": 4 if part * BD <= 64 * 64 else 8, "num_stages": 2}
+    _sums[(part_tiles, B * Hq, parts)](
+        q, k, lse, vertical, low, high, *strides, *sizes, scale * _LOG2E, BL, **narrow
+    )
     _gather_sums[(blocks.shape[3], B * Hq)](
-        tokens, blocks, low, high, B * Hq, n_keys, n_probe, blocks.shape[3], tiles * BL, block_size,
-        BL=BL, BS=triton.next_power_of_2(block_size), num_warps=1 if block_size <= 256 else 4,
+        vertical, low, high, tokens, blocks, B * Hq, n_keys, n_probe, blocks.shape[3], part_tiles * part,
+        block_size, PARTS=parts, BL=part, BS=triton.next_power_of_2(block_size),
+        num_warps=1 if block_size <= 256 else 4,
     )  # fmt: skip
     return tokens, blocks
 

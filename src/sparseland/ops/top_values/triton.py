@@ -41,12 +41,13 @@ def _keys(b_x, i_x, forced):
 def _state(hist, wanted, i_row, n_rows, LEVELS: tl.constexpr):
     """What the first LEVELS levels say of a row.
 
-    Returns the leading bits of the key of the last wanted value, the number of values above those bits, and
-    whether there are fewer values than wanted.
+    Returns the leading bits of the key of the last wanted value, the number of values above those bits and
+    with them, and whether there are fewer values than wanted.
     """
     i_bin = tl.arange(0, 256)
     prefix = tl.zeros([], tl.int32)
     larger = tl.zeros([], tl.int64)
+    same = tl.zeros([], tl.int64)
     never = tl.zeros([], tl.int32)
     for level in tl.static_range(LEVELS):
         b_count = tl.load(hist + (level * n_rows + i_row).to(tl.int64) * 256 + i_bin)
@@ -54,18 +55,19 @@ def _state(hist, wanted, i_row, n_rows, LEVELS: tl.constexpr):
         digit = tl.sum((b_reached >= wanted).to(tl.int32), 0) - 1
         never = tl.maximum(never, (digit < 0).to(tl.int32))
         larger += tl.sum(tl.where(i_bin > digit, b_count, 0), 0)
+        same = tl.sum(tl.where(i_bin == digit, b_count, 0), 0)
         if level == 0:
             prefix = digit - 128  # keys are signed
         else:
             prefix = prefix * 256 + digit
-    return prefix, larger, never
+    return prefix, larger, same, never
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _count_digits(x, count, hist, n, n_rows, forced, per_program, LEVEL: tl.constexpr, BN: tl.constexpr):
     i_row = tl.program_id(1)
     wanted = tl.load(count + i_row).to(tl.int64)
-    prefix, _larger, never = _state(hist, wanted, i_row, n_rows, LEVEL)
+    prefix, _larger, _same, never = _state(hist, wanted, i_row, n_rows, LEVEL)
     if never != 0:
         return
     x += i_row.to(tl.int64) * n
@@ -107,27 +109,28 @@ def _interval(sums, goal, i_row, n_rows, PASSES: tl.constexpr):
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _sum_above(
-    x, active, sums, goal, n, n_rows, per_program,
-    PASS: tl.constexpr, HAS_ACTIVE: tl.constexpr, BN: tl.constexpr,
+    x, active, sums, goal, n, n_rows, PASS: tl.constexpr, HAS_ACTIVE: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """Sums of what lies at or above 16 thresholds inside the interval that is left."""
+    """Sums of what lies at or above 16 thresholds inside the interval that is left.
+
+    The values stay in registers and the thresholds go by: one sum over the program for each.
+    """
     i_row = tl.program_id(1)
     if HAS_ACTIVE:  # noqa: SIM102  a pointer that is None can't be read, not even by `and`
         if tl.load(active + i_row) == 0:
             return
     i_t = tl.arange(0, 16)
     low, high = _interval(sums, goal, i_row, n_rows, PASS)
-    limit = (low + (high - low) * (i_t + 1) // 17).to(tl.int32)
-    x += i_row.to(tl.int64) * n
-    begin = tl.program_id(0) * per_program
+    i_x = tl.program_id(0) * BN + tl.arange(0, BN)
+    b_x = tl.load(x + i_row.to(tl.int64) * n + i_x, mask=i_x < n, other=0.0)
+    b_x = tl.where((b_x > 0.0) & (b_x < 1e37), b_x, 0.0)  # false for NaN too
+    if tl.max(b_x, 0) == 0.0:
+        return
+    key = b_x.to(tl.int32, bitcast=True)
     b_sum = tl.zeros([16], tl.float32)
-    for start in range(begin, tl.minimum(begin + per_program, n), BN):
-        i_x = start + tl.arange(0, BN)
-        b_x = tl.load(x + i_x, mask=i_x < n, other=0.0)
-        b_x = tl.where((b_x > 0.0) & (b_x < 1e37), b_x, 0.0)  # false for NaN too
-        if tl.max(b_x, 0) > 0.0:
-            b_in = b_x.to(tl.int32, bitcast=True)[:, None] >= limit[None, :]
-            b_sum += tl.sum(tl.where(b_in, b_x[:, None], 0.0), 0)
+    for i in tl.static_range(16):
+        limit = (low + (high - low) * (i + 1) // 17).to(tl.int32)
+        b_sum = tl.where(i_t == i, tl.sum(tl.where(key >= limit, b_x, 0.0), 0), b_sum)
     b_fixed = (b_sum.to(tl.float64) * _UNIT).to(tl.int64)
     p = sums + (PASS * n_rows + i_row).to(tl.int64) * 16 + i_t
     tl.atomic_add(p, b_fixed, mask=b_fixed > 0, sem="relaxed")
@@ -192,23 +195,24 @@ def _cross(goal, active, sums, found, value, taken, n, n_rows, HAS_ACTIVE: tl.co
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _mark_long(x, count, hist, out, n, n_rows, forced, BN: tl.constexpr):
-    i_row = tl.program_id(0)
+    """One tile of a row. Only where some ties of the last key stay out, those before the tile are counted."""
+    i_row = tl.program_id(1)
     wanted = tl.load(count + i_row).to(tl.int64)
-    last, larger, never = _state(hist, wanted, i_row, n_rows, 4)
+    last, larger, ties, never = _state(hist, wanted, i_row, n_rows, 4)
     left = (wanted - larger).to(tl.int32)  # ties of the last key that are taken
     x += i_row.to(tl.int64) * n
-    out += i_row.to(tl.int64) * n
-    for start in range(0, n, BN):
-        i_x = start + tl.arange(0, BN)
-        b_in = i_x < n
-        key = _keys(tl.load(x + i_x, mask=b_in, other=0.0), i_x, forced)
-        b_keep = (key > last) | (never != 0)
-        b_tie = ((key == last) & b_in).to(tl.int32)
-        ties = tl.sum(b_tie, 0)
-        if ties > 0:
-            b_keep = b_keep | ((b_tie > 0) & (tl.cumsum(b_tie, 0) <= left))
-            left -= ties
-        tl.store(out + i_x, b_keep.to(tl.int8), mask=b_in)
+    begin = tl.program_id(0) * BN
+    i_x = begin + tl.arange(0, BN)
+    b_in = i_x < n
+    key = _keys(tl.load(x + i_x, mask=b_in, other=0.0), i_x, forced)
+    b_tie = (key == last) & b_in
+    if (ties > left) & (never == 0):
+        for start in range(0, begin, BN):
+            i_b = start + tl.arange(0, BN)
+            left -= tl.sum((_keys(tl.load(x + i_b), i_b, forced) == last).to(tl.int32), 0)
+        b_tie = b_tie & (tl.cumsum(b_tie.to(tl.int32), 0) <= left)
+    b_keep = (key > last) | b_tie | (never != 0)
+    tl.store(out + i_row.to(tl.int64) * n + i_x, b_keep.to(tl.int8), mask=b_in)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -257,7 +261,7 @@ def top_mask(
     grid = (triton.cdiv(n, _PER_PROGRAM), n_rows)
     for level in range(4):
         _count_digits[grid](x, count, hist, n, n_rows, forced, _PER_PROGRAM, LEVEL=level, BN=512, num_warps=8)
-    _mark_long[(n_rows,)](x, count, hist, out, n, n_rows, forced, BN=8192, num_warps=16)
+    _mark_long[grid](x, count, hist, out, n, n_rows, forced, BN=_PER_PROGRAM, num_warps=4)
     return out.view(torch.bool)
 
 
@@ -282,7 +286,7 @@ def covering(
     grid = (triton.cdiv(n, _PER_PROGRAM), n_rows)
     known = {"HAS_ACTIVE": active is not None, "num_warps": 4}
     for i in range(8):
-        _sum_above[grid](x, active, sums, goal, n, n_rows, _PER_PROGRAM, PASS=i, BN=256, **known)
+        _sum_above[grid](x, active, sums, goal, n, n_rows, PASS=i, BN=_PER_PROGRAM, **known)
     _around[grid](x, active, sums, found, goal, n, n_rows, _PER_PROGRAM, BN=1024, **known)
     _cross[(n_rows,)](goal, active, sums, found, value, taken, n, n_rows, **known)
     return value, taken
