@@ -156,7 +156,7 @@ def test_pieces_of_groups_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     q, k = inputs(CASES[0])
     whole = as_sets(stripe_columns(q, k, **options(CASES[0]), theta=3.0, backend="reference"))
     monkeypatch.setattr(fast, "_SCORES", 1)
-    monkeypatch.setattr(triton, "_COUNT_BYTES", 1)
+    monkeypatch.setattr(triton, "_BYTES", 1)
     monkeypatch.setattr(triton, "_PARTS", 2)
     for backend in FAST:
         got = stripe_columns(q, k, block_size=16, step=2, theta=3.0, backend=backend)

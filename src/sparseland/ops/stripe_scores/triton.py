@@ -1,15 +1,17 @@
-"""Anchors and stripes in Triton: K is read once per pooled tile, and only lists are written.
+"""Anchors and stripes in Triton: all heads at once, nothing N x N.
 
 Anchors: one program per query block and head walks over block 0 and the local keys and keeps row maxima.
 Stripes: one program per tile of keys and tile of groups multiplies the groups' pooled queries with the
-keys. It runs twice: to count what each tile of keys gives, and, when the counts before it are summed up,
-to write the keys to their places. Pooled queries are float32; for half-precision keys they go through the
-tensor cores as two summands, so that a selection does not depend on their rounding.
+keys and writes a byte per group and key, how many thresholds the key passes; then one program per group
+counts its bytes, chooses the threshold and writes the list. Pooled queries are float32; for half-precision
+keys they go through the tensor cores as two summands, so that a selection does not depend on their rounding.
 """
 
 # mypy: ignore-errors
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +23,33 @@ from torch import Tensor
 from sparseland.ops.block_scores import mean_pool
 from sparseland.ops.stripe_scores.areas import (
     LEVELS,
-    fitting_level,
     local_starts,
     n_groups,
     thresholds,
     usable,
 )
 
-# Bytes of per-tile counts held at once.
-_COUNT_BYTES = 1 << 28
+# Bytes per group and key held at once.
+_BYTES = 1 << 28
+# Bytes of a list that are read at once.
+_CHUNK = 4096
 # Tiles of keys that a program goes through with the same pooled queries.
 _PARTS = 8
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the comparison is cut: pooled rows and keys of a program's product, warps, stages of its loads."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# By padded head dimension. At least 64 rows: a group of as many blocks is the largest.
+TILES = {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 4, 2), 256: Tile(128, 64, 8, 2)}
+FULL_PRECISION = Tile(64, 32, 4, 2)
 
 
 @triton.jit
@@ -106,97 +124,99 @@ def anchors(
     return out
 
 
-@triton.jit
-def _margins(
-    b_high, b_low, b_anchor, b_row, b_start, k_base, stride_kn, i_k, i_d, n_keys, D, block_size,
-    R: tl.constexpr, STEP: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+@triton.jit(do_not_specialize=["n_keys", "groups", "padded", "g0", "piece"])
+def _compare(
+    q_high, q_low, anchors, starts, k, levels, passed, stride_kb, stride_kh, stride_kn,
+    Hq, Hkv, n_keys, block_size, step, groups, padded, g0, piece, width,
+    D: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    SPLIT: tl.constexpr, FULL: tl.constexpr, PARTS: tl.constexpr, N_LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Least ``anchor - score`` over the blocks of each group, +inf where no stripe may be: [GT, BN]."""
-    b_load = (i_k < n_keys)[:, None] & (i_d < D)[None, :]
-    b_k = tl.load(k_base + i_k[:, None].to(tl.int64) * stride_kn + i_d[None, :], mask=b_load, other=0.0)
-    b_s = tl.dot(b_high, tl.trans(b_k), input_precision="ieee")
-    if SPLIT:
-        b_s = tl.dot(b_low, tl.trans(b_k), b_s, input_precision="ieee")
-    b_margin = b_anchor[:, None] - b_s
-    # What can't be compared is kept: NaN and infinities compare False with the first.
-    b_margin = tl.where(tl.abs(b_margin) < float("inf"), b_margin, float("-inf"))
-    b_margin = tl.where(b_row[:, None], b_margin, float("inf"))
-    b_margin = tl.min(tl.reshape(b_margin, (R // STEP, STEP, BN)), 1)
-    b_between = (i_k[None, :] >= block_size) & (i_k[None, :] < b_start[:, None])
-    return tl.where(b_between, b_margin, float("inf"))
+    """How many thresholds each key passes, for the groups [g0, g0 + piece).
 
-
-@triton.jit(do_not_specialize=["n_keys", "groups", "padded", "g0", "piece", "tiles"])
-def _count(
-    q_high, q_low, anchors, starts, k, counts, levels, stride_kb, stride_kh, stride_kn,
-    Hq, Hkv, n_keys, D, block_size, step, groups, padded, g0, piece, tiles,
-    R: tl.constexpr, STEP: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr,
-    PARTS: tl.constexpr, N_LEVELS: tl.constexpr,
-):  # fmt: skip
-    """Stripes per group, tile of keys and threshold, for the groups [g0, g0 + piece)."""
+    Keys are the rows of the product, so that the blocks of a group, of which the best counts, lie in few
+    threads. FULL: no row of a group is padding.
+    """
     GT: tl.constexpr = R // STEP
     i_bh = tl.program_id(2)
     i_b, i_h = (i_bh // Hq).to(tl.int64), (i_bh % Hq).to(tl.int64)
     i_local = tl.program_id(1) * GT + tl.arange(0, GT)
     b_mine = (i_local < piece) & (g0 + i_local < groups)
     b_start = tl.load(starts + g0 + i_local, mask=b_mine, other=0)
+    first = tl.program_id(0) * PARTS
+    stop = tl.minimum(first + PARTS, (tl.max(b_start, 0) + BN - 1) // BN)
+    if first >= stop:
+        return
     i_r, i_d = tl.arange(0, R), tl.arange(0, BD)
     # Pooled rows are padded to BD columns and to whole tiles of rows.
     i_row = (i_bh.to(tl.int64) * padded + g0 + tl.program_id(1) * GT) * STEP + i_r
-    b_high = tl.load(q_high + i_row[:, None] * BD + i_d[None, :])
-    b_low = tl.load(q_low + i_row[:, None] * BD + i_d[None, :]) if SPLIT else b_high
+    b_high = tl.trans(tl.load(q_high + i_row[:, None] * BD + i_d[None, :]))
+    b_low = tl.trans(tl.load(q_low + i_row[:, None] * BD + i_d[None, :])) if SPLIT else b_high
     b_anchor = tl.load(anchors + i_row)
     k_base = k + i_b * stride_kb + (i_h // (Hq // Hkv)) * stride_kh
-    first = tl.program_id(0) * PARTS
-    stop = tl.minimum(first + PARTS, (tl.max(b_start, 0) + BN - 1) // BN)
-    for i_t in range(first, stop):
-        b_margin = _margins(
-            b_high, b_low, b_anchor, i_r % STEP < step, b_start, k_base, stride_kn,
-            i_t * BN + tl.arange(0, BN), i_d, n_keys, D, block_size, R, STEP, BN, SPLIT,
-        )  # fmt: skip
-        i_out = (i_bh.to(tl.int64) * piece + i_local) * tiles + i_t
-        for level in tl.static_range(N_LEVELS):
-            b_count = tl.sum((b_margin <= tl.load(levels + level)).to(tl.int32), 1)
-            tl.store(counts + i_out * N_LEVELS + level, b_count.to(tl.uint8), mask=b_mine)
-
-
-@triton.jit(do_not_specialize=["n_keys", "groups", "padded", "g0", "piece", "tiles", "limit"])
-def _fill(
-    q_high, q_low, anchors, starts, k, before, chosen, indices, stride_kb, stride_kh, stride_kn,
-    Hq, Hkv, n_keys, D, block_size, step, groups, padded, g0, piece, tiles, limit,
-    R: tl.constexpr, STEP: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr,
-    PARTS: tl.constexpr,
-):  # fmt: skip
-    """Writes each tile's stripes behind those ``before`` it; negative places are cut off."""
-    GT: tl.constexpr = R // STEP
-    i_bh = tl.program_id(2)
-    i_b, i_h = (i_bh // Hq).to(tl.int64), (i_bh % Hq).to(tl.int64)
-    i_local = tl.program_id(1) * GT + tl.arange(0, GT)
-    b_mine = (i_local < piece) & (g0 + i_local < groups)
-    b_start = tl.load(starts + g0 + i_local, mask=b_mine, other=0)
-    i_r, i_d = tl.arange(0, R), tl.arange(0, BD)
-    i_row = (i_bh.to(tl.int64) * padded + g0 + tl.program_id(1) * GT) * STEP + i_r
-    b_high = tl.load(q_high + i_row[:, None] * BD + i_d[None, :])
-    b_low = tl.load(q_low + i_row[:, None] * BD + i_d[None, :]) if SPLIT else b_high
-    b_anchor = tl.load(anchors + i_row)
-    i_list = i_bh.to(tl.int64) * piece + i_local
-    b_threshold = tl.load(chosen + i_list, mask=b_mine, other=0.0)
-    i_out = (i_bh.to(tl.int64) * groups + g0 + i_local) * limit
-    k_base = k + i_b * stride_kb + (i_h // (Hq // Hkv)) * stride_kh
-    first = tl.program_id(0) * PARTS
-    stop = tl.minimum(first + PARTS, (tl.max(b_start, 0) + BN - 1) // BN)
+    p_out = passed + (i_bh.to(tl.int64) * piece + i_local) * width
     for i_t in range(first, stop):
         i_k = i_t * BN + tl.arange(0, BN)
-        b_margin = _margins(
-            b_high, b_low, b_anchor, i_r % STEP < step, b_start, k_base, stride_kn,
-            i_k, i_d, n_keys, D, block_size, R, STEP, BN, SPLIT,
-        )  # fmt: skip
-        b_take = (b_margin <= b_threshold[:, None]) & b_mine[:, None]
-        b_before = tl.load(before + i_list * tiles + i_t, mask=b_mine, other=0)
-        b_place = b_before[:, None] + tl.cumsum(b_take.to(tl.int32), 1) - 1
-        b_take = b_take & (b_place >= 0) & (b_place < limit)
-        b_key = tl.broadcast_to(i_k[None, :], (GT, BN))
-        tl.store(indices + i_out[:, None] + b_place, b_key, mask=b_take)
+        b_load = (i_k < n_keys)[:, None]
+        if D < BD:
+            b_load = b_load & (i_d < D)[None, :]
+        b_k = tl.load(k_base + i_k[:, None].to(tl.int64) * stride_kn + i_d[None, :], mask=b_load, other=0.0)
+        b_s = tl.dot(b_k, b_high, input_precision="ieee")  # [BN, R]
+        if SPLIT:
+            b_s = tl.dot(b_k, b_low, b_s, input_precision="ieee")
+        b_margin = b_anchor[None, :] - b_s
+        # What can't be compared is kept: NaN and infinity are not below infinity.
+        b_margin = tl.where(b_margin < float("inf"), b_margin, float("-inf"))
+        if not FULL:
+            b_margin = tl.where((i_r % STEP < step)[None, :], b_margin, float("inf"))
+        b_margin = tl.min(tl.reshape(b_margin, (BN, GT, STEP)), 2)
+        b_between = (i_k[:, None] >= block_size) & (i_k[:, None] < b_start[None, :])
+        b_margin = tl.where(b_between, b_margin, float("inf"))
+        b_passed = tl.zeros([BN, GT], tl.int32)
+        for level in tl.static_range(N_LEVELS):
+            b_passed += (b_margin <= tl.load(levels + level)).to(tl.int32)
+        tl.store(p_out[None, :] + i_k[:, None], b_passed.to(tl.uint8), mask=b_mine[None, :])
+
+
+@triton.jit
+def _total(passed, stop, least, CHUNK: tl.constexpr):
+    """How many of the first ``stop`` keys pass ``least`` thresholds or more."""
+    i_n = tl.arange(0, CHUNK)
+    b_count = tl.zeros([CHUNK], tl.int32)
+    for n0 in range(0, stop, CHUNK):
+        b_passed = tl.load(passed + n0 + i_n, mask=n0 + i_n < stop, other=0).to(tl.int32)
+        b_count += (b_passed >= least).to(tl.int32)
+    return tl.sum(b_count, 0)
+
+
+@triton.jit(do_not_specialize=["groups", "g0", "piece", "limit"])
+def _fill(
+    passed, starts, counts, indices, groups, g0, piece, width, limit,
+    CHUNK: tl.constexpr, N_LEVELS: tl.constexpr,
+):  # fmt: skip
+    """One group's list: the keys that pass the first threshold that fits, the last ``limit`` of them."""
+    i_local = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
+    i_group, i_bh = g0 + i_local, tl.program_id(1).to(tl.int64)
+    if i_group >= groups:
+        return
+    start = tl.multiple_of(tl.load(starts + i_group), 16)  # of a block: the masks below don't split loads
+    passed += (i_bh * piece + i_local) * width
+    least = 1
+    total = _total(passed, start, least, CHUNK)
+    while (total > limit) & (least < N_LEVELS):
+        least += 1
+        total = _total(passed, start, least, CHUNK)
+    i_list = i_bh * groups + i_group
+    tl.store(counts + i_list, tl.minimum(total, limit))
+    indices += i_list * limit
+    i_n = tl.arange(0, CHUNK)
+    before = tl.minimum(limit - total, 0)  # negative places are cut off
+    for n0 in range(0, start, CHUNK):
+        i_k = n0 + i_n
+        b_passed = tl.load(passed + i_k, mask=i_k < start, other=0).to(tl.int32)
+        b_take = (b_passed >= least).to(tl.int32)
+        b_place = before + tl.cumsum(b_take, 0) - 1
+        tl.store(indices + b_place, i_k, mask=(b_take > 0) & (b_place >= 0))
+        before += tl.sum(b_take, 0)
 
 
 def stripes(
@@ -208,17 +228,18 @@ def stripes(
     theta: float,
     limit: int,
     scale: float,
+    tile: Tile | None = None,
 ) -> tuple[Int[Tensor, "B Hq G"], Int[Tensor, "B Hq G L"]]:
-    """Lists per group. At most 64 blocks a group. Deterministic: counts and places, no atomics."""
+    """Lists per group, of at most 64 blocks. Deterministic: no atomics. ``tile`` replaces the table's."""
     k = k if k.stride(-1) == 1 else k.contiguous()
     B, Hq, n_queries, D = q.shape
     n_keys, device = k.shape[2], q.device
     groups, limit = n_groups(n_queries, block_size, step), min(limit, n_keys)
     BD = max(16, triton.next_power_of_2(D))
     split = k.dtype != torch.float32
-    R, BN = (128, 128 if BD <= 128 else 64) if split else (64, 32)
+    tile = tile or (TILES[max(BD, 64)] if split else FULL_PRECISION)
     STEP = triton.next_power_of_2(step)
-    GT = R // STEP
+    GT = tile.rows // STEP
     padded = triton.cdiv(groups, GT) * GT
     high, low = _pooled(q, block_size, step, STEP, padded, BD, scale, k.dtype)
     short = groups * step - anchors.shape[2]
@@ -228,37 +249,25 @@ def stripes(
     anchor = F.pad(anchor, (0, STEP - step, 0, padded - groups), value=far).contiguous()
     starts = local_starts(n_queries, n_keys, block_size, step, device)
 
-    counts = torch.zeros(B, Hq, groups, dtype=torch.int32, device=device)
+    counts = torch.empty(B, Hq, groups, dtype=torch.int32, device=device)
     indices = torch.empty(B, Hq, groups, limit, dtype=torch.int32, device=device)
-    # The last group's local keys begin where no stripe can be any more.
-    tiles = triton.cdiv(n_keys, BN)
-    n_levels = LEVELS if limit < n_keys else 1
     levels = thresholds(theta, device)
-    piece = max(1, _COUNT_BYTES // (B * Hq * tiles * (n_levels + 8) * GT)) * GT
-    piece = min(piece, padded)
-    sizes = (*k.stride()[:3], Hq, k.shape[1], n_keys, D, block_size, step, groups, padded)
-    options = {"R": R, "STEP": STEP, "BN": BN, "BD": BD, "SPLIT": split, "PARTS": _PARTS}
-    options |= {"num_warps": 8 if R > 64 else 4, "num_stages": 2}
+    n_levels = LEVELS if limit < n_keys else 1
+    tiles = triton.cdiv(n_keys, tile.keys)
+    width = tiles * tile.keys
+    piece = min(padded, max(1, _BYTES // (B * Hq * width * GT)) * GT)
+    passed = torch.empty(B * Hq, piece, width, dtype=torch.uint8, device=device)
     for g0 in range(0, groups, piece):
-        grid = (triton.cdiv(tiles, _PARTS), triton.cdiv(piece, GT), B * Hq)
-        found = torch.zeros(B, Hq, piece, tiles, n_levels, dtype=torch.uint8, device=device)
-        _count[grid](
-            high, low, anchor, starts, k, found, levels, *sizes, g0, piece, tiles,
-            N_LEVELS=n_levels, **options,
+        _compare[(triton.cdiv(tiles, _PARTS), triton.cdiv(piece, GT), B * Hq)](
+            high, low, anchor, starts, k, levels, passed, *k.stride()[:3],
+            Hq, k.shape[1], n_keys, block_size, step, groups, padded, g0, piece, width,
+            D=D, R=tile.rows, STEP=STEP, BN=tile.keys, BD=BD, SPLIT=split, FULL=step == STEP, PARTS=_PARTS,
+            N_LEVELS=n_levels, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        level = torch.zeros(B, Hq, piece, dtype=torch.int64, device=device)
-        if n_levels > 1:
-            level = fitting_level(found.sum(3, dtype=torch.int32), limit)
-        per_tile = found.gather(-1, level[..., None, None].expand(B, Hq, piece, tiles, 1)).squeeze(-1)
-        ends = per_tile.cumsum(-1, dtype=torch.int32)
-        total = ends[..., -1:]
-        before = (ends - per_tile - (total - limit).clamp(min=0)).contiguous()
-        _fill[grid](
-            high, low, anchor, starts, k, before, levels[level], indices, *sizes,
-            g0, piece, tiles, limit, **options,
+        _fill[(min(piece, groups - g0), B * Hq)](
+            passed, starts, counts, indices, groups, g0, piece, width, limit,
+            CHUNK=_CHUNK, N_LEVELS=n_levels, num_warps=8,
         )  # fmt: skip
-        here = min(piece, groups - g0)
-        counts[:, :, g0 : g0 + here] = total[:, :, :here, 0].clamp(max=limit)
     return counts, indices
 
 
