@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -159,3 +161,18 @@ def test_clear_errors() -> None:
         block_lists(64, 64, 16, bands=mask[..., 0], unit=1)
     with pytest.raises(SparselandError, match="no backend 'fa4'"):
         block_lists(64, 64, 16, mask=mask, backend="fa4")
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("cap", [None, 700])
+def test_one_long_list(cap: int | None, backend: str) -> None:
+    """The columns of a head: one query, more keys than one program lists; a head with none, one with all."""
+    g = torch.Generator().manual_seed(0)
+    mask = torch.rand(2, 3, 1, 9_001, generator=g) < 0.1
+    mask[0, 1], mask[1, 2], mask[1, 1, :, :8500] = False, True, False
+    mask = mask.to(DEVICE)
+    counts, indices = block_lists(1, 9_001, 1, mask=mask, unit=1, cap=cap, backend=backend)
+    for row, head in itertools.product(range(2), range(3)):
+        want = mask[row, head, 0].nonzero().flatten()[:cap]
+        assert counts[row, head, 0] == len(want)
+        assert torch.equal(indices[row, head, 0, : len(want)].long(), want)

@@ -57,6 +57,7 @@ class Sizes:
     most_slashes: int
     most_blocks: int
     dynamic: bool
+    some_fixed: bool
 
     @classmethod
     def of(cls, heads: Sequence[HeadShape], n_keys: int, device: torch.device) -> Sizes:
@@ -75,7 +76,7 @@ class Sizes:
         vertical, slash, blocks, is_fixed = table
         most = [max(column) for column in zip(*rows, strict=True)]
         dynamic = any(head.shape == "vertical-slash" for head in heads)
-        return cls(is_fixed.bool(), vertical, slash, blocks, most[0], most[1], most[2], dynamic)
+        return cls(is_fixed.bool(), vertical, slash, blocks, most[0], most[1], most[2], dynamic, any(fixed))
 
 
 class LayerIndex:
@@ -116,14 +117,15 @@ class LayerIndex:
     def _chosen(self, sizes: Sizes) -> Bool[Tensor, "2 B H Nk"]:
         """Each head's columns (0) and diagonals (1)."""
         wanted = torch.stack([sizes.vertical, sizes.slash])[:, None].expand(2, self.batch, -1)
-        position = torch.arange(self.n_keys, device=self.device)
+        if sizes.some_fixed or not sizes.dynamic:
+            first = torch.arange(self.n_keys, device=self.device) < wanted[..., None]
         if not sizes.dynamic:
-            return position < wanted[..., None]
+            return first
         sums, broken = self._sums
         # A head whose estimate is not a number takes all diagonals: it is dense.
         taken = torch.stack([wanted[0], torch.where(broken, self.n_keys, wanted[1])])
         top = self._ranks < taken[..., None] if self.ranked else top_mask(sums, taken)
-        return torch.where(sizes.fixed[:, None], position < wanted[..., None], top)
+        return torch.where(sizes.fixed[:, None], first, top) if sizes.some_fixed else top
 
     @cached_property
     def _means(self) -> tuple[Float[Tensor, "B H Mq D"], Float[Tensor, "B Hkv Mk D"]]:

@@ -13,8 +13,12 @@ _UNSPECIALIZED = (
     "stride_mb", "stride_mh", "stride_mr", "stride_mc", "stride_wb", "stride_wh", "stride_wr",
     "stride_tb", "stride_th", "stride_ab", "stride_ah", "stride_bb", "stride_bh", "stride_cb", "stride_ch",
     "stride_pb", "stride_ph", "stride_nb", "stride_nh", "stride_ib", "stride_ih", "stride_im",
-    "H", "n_queries", "n_keys", "width", "length", "longest",
+    "H", "n_queries", "n_keys", "n_entries", "width", "length", "longest",
 )  # fmt: skip
+
+
+# A single list that is longer (the columns of a head) is the work of several programs.
+_LONG = 4096
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -64,6 +68,26 @@ def _block_lists(
         tl.store(indices + i_out * length + b_place, i_c, mask=(b_keep > 0) & (b_place < length))
         found += tl.sum(b_keep, 0)
     tl.store(counts + i_out, tl.minimum(found, length))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _one_list(
+    mask, counts, indices, stride_mb, stride_mh, stride_mc, H, n_entries, length, BC: tl.constexpr
+):  # fmt: skip
+    """The list of a single query block by many programs: each counts what is selected before its entries."""
+    i_t, i_bh = tl.program_id(0), tl.program_id(1)
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    mask += i_b * stride_mb + i_h * stride_mh
+    i_c = tl.arange(0, BC)
+    b_count = tl.zeros([BC], tl.int32)
+    for start in range(0, i_t * BC, BC):
+        b_count += (tl.load(mask + (start + i_c).to(tl.int64) * stride_mc) != 0).to(tl.int32)
+    i_c += i_t * BC
+    b_keep = tl.load(mask + i_c.to(tl.int64) * stride_mc, mask=i_c < n_entries, other=0) != 0
+    b_place = tl.sum(b_count, 0) + tl.cumsum(b_keep.to(tl.int32), 0) - 1
+    tl.store(indices + i_bh.to(tl.int64) * length + b_place, i_c, mask=b_keep & (b_place < length))
+    if i_t == tl.num_programs(0) - 1:
+        tl.store(counts + i_bh, tl.minimum(tl.max(b_place, 0) + 1, length))
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -152,8 +176,15 @@ def block_lists(
     indices = torch.empty(B, H, rows, length, dtype=torch.int32, device=device)
     mask, active, bands, columns = (_bytes(t) for t in (mask, active, bands, columns))
     weights, bands, columns = (_last_dense(t) for t in (weights, bands, columns))
-    # One long list (the columns of a head) is one program's work: it takes larger steps.
-    BC = min(4096 if rows == 1 else 1024, max(16, triton.next_power_of_2(triton.cdiv(n_keys, unit))))
+    entries = triton.cdiv(n_keys, unit)
+    if rows == 1 and entries > _LONG and mask is not None and weights is bands is columns is None:
+        strides = _strides(mask, 4)
+        _one_list[(triton.cdiv(entries, _LONG), B * H)](
+            mask, counts, indices, strides[0], strides[1], strides[3], H, entries, length,
+            BC=_LONG, num_warps=8,
+        )  # fmt: skip
+        return counts, indices
+    BC = min(1024, max(16, triton.next_power_of_2(entries)))
     if counts.numel():
         _block_lists[(rows, B * H)](
             mask, weights, threshold, active, bands, columns, counts, indices,
@@ -162,7 +193,7 @@ def block_lists(
             H, n_queries, n_keys, 0 if bands is None else bands.shape[-1], length,
             SIZE=block_size, UNIT=unit, HAS_MASK=mask is not None, HAS_WEIGHTS=weights is not None,
             HAS_ACTIVE=active is not None, HAS_BANDS=bands is not None, HAS_COLUMNS=columns is not None,
-            BC=BC, num_warps=4 if BC <= 1024 else 8,
+            BC=BC, num_warps=4,
         )  # fmt: skip
     return counts, indices
 

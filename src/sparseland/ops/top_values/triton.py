@@ -261,7 +261,7 @@ def top_mask(
     grid = (triton.cdiv(n, _PER_PROGRAM), n_rows)
     for level in range(4):
         _count_digits[grid](x, count, hist, n, n_rows, forced, _PER_PROGRAM, LEVEL=level, BN=512, num_warps=8)
-    _mark_long[grid](x, count, hist, out, n, n_rows, forced, BN=_PER_PROGRAM, num_warps=4)
+    _mark_long[grid](x, count, hist, out, n, n_rows, forced, BN=_PER_PROGRAM, num_warps=8)
     return out.view(torch.bool)
 
 
