@@ -1,10 +1,10 @@
 """Vertical and slash sums of the probe rows in Triton: K is read twice, no L x Nk matrix is stored.
 
 The first kernel finds the rows' log-sum-exp over chunks of the keys. The second takes up to 64 probe rows
-and a tile of keys as wide as they are high, recomputes its probabilities, and sums them along columns and, after a skew in
-registers, along diagonals. A tile touches two runs of diagonals, the second shared with its neighbour's
-first; each run goes to its own place and the last kernel adds the two and sums blocks: no atomics, so the
-result is the same in every run.
+and a tile of keys as wide as they are high, recomputes its probabilities, and sums them along columns and,
+after a skew in registers, along diagonals. A tile touches two runs of diagonals, the second shared with its
+neighbour's first; each run goes to its own place and the last kernel adds the two, adds the parts of the
+probe and sums blocks: no atomics, so the result is the same in every run.
 
 The rest: block means, the map of their products, and the distance of the probe's attention per block from
 what block means tell of it.

@@ -71,7 +71,9 @@ def _keys(
     b_k = tl.load(k + at * stride_kn + i_d[None, :], mask=b_here[:, None] & b_dim[None, :], other=0.0)
     b_k = b_k.to(tl.float32) - tl.load(k_mean + i_bh * D + i_d, mask=b_dim, other=0.0)[None, :]
     b_k4, b_scale, b_finite = _quantize(b_k)
-    tl.store(k4 + i_bh * n_keys * BD + at * BD + i_d[None, :], b_k4.to(k4.dtype.element_ty), mask=b_here[:, None])
+    tl.store(
+        k4 + i_bh * n_keys * BD + at * BD + i_d[None, :], b_k4.to(k4.dtype.element_ty), mask=b_here[:, None]
+    )
     for i_g in range(0, G):
         i_q = i_bh * G + i_g
         b_mean = tl.load(q_mean + i_q * D + i_d, mask=b_dim, other=0.0)
@@ -239,8 +241,8 @@ def tile_bits(
     words = torch.zeros(B, Hq, Mq, W, dtype=torch.int32, device=device)
     BM, BN, warps, stages = _tile_sizes(BD)
     _estimate[(triton.cdiv(Mq * ROWS, BM), B * Hq)](
-        q4, q_scale, threshold, k4, columns.view(torch.int64), log_tau, words, Hq, G, n_queries, n_keys, Mq, W,
-        BM=BM, BD=BD, BN=BN, num_warps=warps, num_stages=stages,
+        q4, q_scale, threshold, k4, columns.view(torch.int64), log_tau, words,
+        Hq, G, n_queries, n_keys, Mq, W, BM=BM, BD=BD, BN=BN, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return words
 

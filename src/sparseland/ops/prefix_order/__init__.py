@@ -1,4 +1,4 @@
-"""Order statistics of all prefixes of a sequence at once: the n-th smallest of its first r values, for every r.
+"""Order statistics of all prefixes of a sequence: the n-th smallest of its first r values, for every r.
 
 Wavelet matrix (Claude, Navarro and Ordóñez 2015): level by level, from the highest bit down, the sequence is
 split stably by one bit, and each question follows the side that holds its answer. Nothing synchronises with
