@@ -12,6 +12,8 @@ Source: Zhao et al. 2025, "InfLLM-V2: Dense-Sparse Switchable Attention", sectio
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -94,7 +96,7 @@ def kernel_scores(
         n_keys: keys so far.
         kernel, stride: tokens per window, and from one to the next.
         block_size: tokens per block, a multiple of ``stride``.
-        scale: factor on the logits.
+        scale: factor on the logits, positive.
         coarse: what :func:`coarsen` makes of ``compressed``: the softmax's denominator then comes from it,
             where a coarse window has ended, and one pass over ``compressed`` is saved. Rows no longer sum to
             one; the order within a head stays.
@@ -106,7 +108,7 @@ def kernel_scores(
     Raises:
         SparselandError: shapes don't fit, or the requested backend can't run the input.
     """
-    _check(q, compressed, coarse, n_keys, kernel, stride, block_size)
+    _check(q, compressed, coarse, n_keys, kernel, stride, block_size, scale)
     options = (n_keys, kernel, stride, block_size, scale, backend or "")
     return _kernel_scores(q.detach(), compressed.detach(), coarse, *options)  # type: ignore[no-any-return]
 
@@ -131,7 +133,8 @@ def select_blocks(
     """The lists of a :class:`~sparseland.patterns.TokenBlockPattern`: the best blocks before the window.
 
     Of the blocks before its window a query takes the first ``init`` and, of the others, those with the
-    largest :func:`kernel_scores`, ``topk`` in all; equal scores go to the earlier block. A query at a
+    largest :func:`kernel_scores`, ``topk`` in all; equal scores go to the earlier block (the Triton backend
+    compares half-precision queries' scores in bfloat16). A query at a
     position below ``dense_len - 1`` takes all. Arguments as in :func:`kernel_scores`, and
 
     Args:
@@ -144,7 +147,7 @@ def select_blocks(
     Returns:
         counts, indices and members, int32, the lists padded to :func:`longest_list`.
     """
-    _check(q, compressed, coarse, n_keys, kernel, stride, block_size)
+    _check(q, compressed, coarse, n_keys, kernel, stride, block_size, scale)
     options = (n_keys, kernel, stride, block_size, window, init, topk, dense_len, tile, scale, backend or "")
     return _select_blocks(q.detach(), compressed.detach(), coarse, *options)  # type: ignore[no-any-return]
 
@@ -157,9 +160,12 @@ def _check(
     kernel: int,
     stride: int,
     block_size: int,
+    scale: float,
 ) -> None:
     if reason := check_sizes(kernel, stride, block_size):
         raise SparselandError(f"{_OP}: {reason}")
+    if not scale > 0:
+        raise SparselandError(f"{_OP}: scale must be > 0, got {scale}")
     if q.dim() != 4 or compressed.dim() != 4 or q.shape[0] != compressed.shape[0]:
         raise SparselandError(
             f"{_OP}: q must be [B, Hq, Nq, D] and compressed [B, Hkv, Nc, D], got {list(q.shape)} and "
@@ -227,9 +233,11 @@ def _select_blocks(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = choose("select_blocks", _BACKENDS, backend, q, stride, block_size).load()
-    return fast.select(
-        module, q, compressed, coarse, n_keys, kernel, stride, block_size, window, init, topk, dense_len,
-        tile, scale, longest_list(n_keys, block_size, window, topk, dense_len, tile),
+    # A backend without a way of its own gives scores and the best of them, some queries at a time.
+    select = getattr(module, "select", None) or partial(fast.select_in_pieces, module)
+    return select(  # type: ignore[no-any-return]
+        q, compressed, coarse, n_keys, kernel, stride, block_size, window, init, topk, dense_len, tile, scale,
+        longest_list(n_keys, block_size, window, topk, dense_len, tile),
     )  # fmt: skip
 
 

@@ -165,7 +165,7 @@ def top(
     return (taken | (position + 1 < dense_len)) & before
 
 
-def select(
+def select_in_pieces(
     module: Any,
     q: Float[Tensor, "B Hq Nq D"],
     compressed: Float[Tensor, "B Hkv Nc D"],
@@ -184,7 +184,7 @@ def select(
 ) -> tuple[Int[Tensor, "B Hkv T"], Int[Tensor, "B Hkv T L"], Int[Tensor, "B Hkv T L"]]:
     """See :func:`sparseland.ops.kernel_scores.select_blocks`: scores and lists, some queries at a time.
 
-    ``module`` is the backend: it gives ``scores`` of a piece, and what to ``top`` of them or whole ``lists``.
+    ``module`` is the backend: it gives ``scores`` of a piece, and those at the ``top`` of them.
     """
     n_queries, offset = q.shape[2], n_keys - q.shape[2]
     shape = (q.shape[0], compressed.shape[1], cdiv(n_queries, tile))
@@ -211,10 +211,7 @@ def select(
             part = (q[:, :, start:end], compressed, coarse, last + 1, kernel, stride, block_size, scale)
             found = module.scores(*part)[..., :columns]
             choice = (offset + start, block_size, window, init, topk, dense_len)
-            if hasattr(module, "lists"):
-                made = module.lists(found, *choice, tile, longest)
-            else:
-                made = word_lists(token_words(module.top(found, *choice), tile), longest)
+            made = word_lists(token_words(module.top(found, *choice), tile), longest)
         at = slice(start // tile, cdiv(end, tile))
         for kept, new in zip((counts, indices, members), made, strict=True):
             kept[:, :, at] = new

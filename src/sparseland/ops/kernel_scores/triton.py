@@ -1,37 +1,97 @@
 """Stage 1 of InfLLM-V2 in Triton: denominators, block scores, and the lists of the best blocks.
 
 Three kernels. The first gives each row's log-sum-exp over the windows (the coarse ones, where they are
-given). The second multiplies a tile of tokens with a tile of windows once per head of the group, sums the
-heads' exponentials in registers and stores only block maxima; what a tile's last windows lend to the next
-block is carried on. The third finds, one query at a time, the ``topk``-th largest score by bisection on
-the numbers' bits, and merges the queries of a tile into lists. No atomics: the same bits in every run.
+given). The second keeps the queries of all heads of a group and passes over the windows once: a tile of
+tokens with a tile of windows, one product per head, the heads' exponentials summed in registers, and only
+block maxima stored. Windows come in an order in which a block's lie in one thread's registers; what a
+block's last windows lend to the next block is moved there by a product with a shifted identity. Only the
+tiles at the diagonal are masked. The third finds, one query at a time, the ``topk`` best blocks by
+bisection on keys that hold the score's bits above the block's number, so that no two are equal, and merges
+the queries of a tile into lists. No atomics: the same bits in every run.
+
+With half-precision queries the scores behind a choice are rounded to bfloat16 (to nearest, 8 bits), as
+blocks whose scores agree that far count as equal: the earlier is taken. With float32 they are not rounded.
 """
 
 # mypy: ignore-errors
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from sparseland.ops.kernel_scores.reference import LARGEST
 from sparseland.patterns import cdiv
 
 _LOG2E = 1.4426950408889634
 _UNSPECIALIZED = (
-    "stride_sr", "H", "Nq", "Nc", "offset", "n_rows", "first", "window", "init", "topk", "dense_len",
-    "columns", "longest",
+    "H", "Nq", "Nc", "T", "offset", "units", "n_rows", "first", "window", "init", "topk", "dense_len",
+    "longest", "i_first",
 )  # fmt: skip
+# Score rows are padded to a multiple of this many blocks: tiles of windows end there, and loads are aligned.
+_UNIT = 64
+# Bytes of scores held at once.
+_HELD_BYTES = 512 << 20
+
+
+class Cut(NamedTuple):
+    """Tokens and windows of a tile, warps, stages; whether the group's queries stay in shared memory."""
+
+    BT: int
+    BN: int
+    warps: int
+    stages: int
+    hold: bool = True
+
+
+# By padded head dimension; the queries of larger groups than fit are loaded again for each tile of windows.
+SCORE = {64: Cut(64, 64, 4, 3), 128: Cut(64, 64, 4, 2), 256: Cut(64, 64, 4, 2, False)}
+LSE = {64: Cut(128, 128, 8, 3), 128: Cut(128, 64, 8, 3), 256: Cut(64, 64, 4, 2)}
+FULL_PRECISION = Cut(32, 32, 4, 1, False)
+_HELD_QUERIES = 128 << 10
+# Columns of a row of scores that one warp of the list kernel holds.
+LIST_COLUMNS = 2048
 
 
 @triton.jit
-def _windows(x, i_c, stride, Nc, i_d, D: tl.constexpr):
-    """A tile of windows, [BN, BD]; 0 behind the last."""
-    inside = (i_c < Nc)[:, None] & (i_d < D)[None, :]
-    return tl.load(x + i_c.to(tl.int64)[:, None] * stride + i_d[None, :], mask=inside, other=0.0)
+def _tile(x, i_n, stride, N, i_d, D: tl.constexpr, BD: tl.constexpr, EDGE: tl.constexpr):
+    """Rows of one head, [BN, BD]; EDGE: some may lie behind the last (0)."""
+    p_x = x + i_n.to(tl.int64)[:, None] * stride + i_d[None, :]
+    if EDGE:
+        b_x = tl.load(p_x, mask=(i_n < N)[:, None] & (i_d < D)[None, :], other=0.0)
+    elif D == BD:
+        b_x = tl.load(p_x)
+    else:
+        b_x = tl.load(p_x, mask=(i_d < D)[None, :], other=0.0)
+    return b_x
+
+
+@triton.jit
+def _lse_walk(
+    b_m, b_l, b_q, c, stride_cn, Nc, b_seen, begin, end, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """Online sums over the windows [begin, end); EDGE: some rows don't see all of them."""
+    i_d = tl.arange(0, BD)
+    for n0 in range(begin, end, BN):
+        i_c = n0 + tl.arange(0, BN)
+        b_c = _tile(c, i_c, stride_cn, Nc, i_d, D, BD, EDGE)
+        b_s = tl.dot(b_q, tl.trans(b_c), input_precision="ieee")
+        if EDGE:
+            b_s = tl.where(i_c[None, :] < b_seen[:, None], b_s, float("-inf"))
+        b_max = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
+        b_shift = b_max
+        if EDGE:
+            b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
+        b_l = b_l * tl.exp2(b_m - b_shift) + tl.sum(tl.exp2(b_s * scale_log2 - b_shift[:, None]), 1)
+        b_m = b_max
+    return b_m, b_l
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -47,123 +107,179 @@ def _lse_kernel(
     i_q = i_t * BT + tl.arange(0, BT)
     i_d = tl.arange(0, BD)
     q += i_b * stride_qb + i_h * stride_qh
-    inside = (i_q < Nq)[:, None] & (i_d < D)[None, :]
-    b_q = tl.load(q + i_q.to(tl.int64)[:, None] * stride_qn + i_d[None, :], mask=inside, other=0.0)
+    b_q = _tile(q, i_q, stride_qn, Nq, i_d, D, BD, True)
     c += i_b * stride_cb + (i_h // G) * stride_ch
     b_seen = tl.maximum(i_q + offset + 1 - KERNEL + STRIDE, 0) // STRIDE
     last = tl.minimum(i_t * BT + BT, Nq) + offset
     end = tl.minimum(tl.maximum(last - KERNEL + STRIDE, 0) // STRIDE, Nc)
+    sure = tl.minimum(tl.maximum(i_t * BT + offset + 1 - KERNEL + STRIDE, 0) // STRIDE, Nc) // BN * BN
     b_m = tl.full([BT], float("-inf"), tl.float32)
     b_l = tl.zeros([BT], tl.float32)
-    for n0 in range(0, end, BN):
-        i_c = n0 + tl.arange(0, BN)
-        b_c = _windows(c, i_c, stride_cn, Nc, i_d, D)
-        b_s = tl.dot(b_q, tl.trans(b_c), input_precision="ieee") * scale_log2
-        b_s = tl.where(i_c[None, :] < b_seen[:, None], b_s, float("-inf"))
-        b_max = tl.maximum(b_m, tl.max(b_s, 1))
-        b_shift = tl.where(b_max == float("-inf"), 0.0, b_max)
-        b_l = b_l * tl.exp2(b_m - b_shift) + tl.sum(tl.exp2(b_s - b_shift[:, None]), 1)
-        b_m = b_max
+    b_m, b_l = _lse_walk(
+        b_m, b_l, b_q, c, stride_cn, Nc, b_seen, 0, sure, scale_log2, D, BD, BN, False
+    )  # fmt: skip
+    b_m, b_l = _lse_walk(
+        b_m, b_l, b_q, c, stride_cn, Nc, b_seen, sure, end, scale_log2, D, BD, BN, True
+    )  # fmt: skip
     b_out = tl.where(b_l == 0.0, float("-inf"), b_m + tl.log2(tl.where(b_l == 0.0, 1.0, b_l)))
     tl.store(lse + (i_b * H + i_h) * Nq + i_q, b_out, mask=i_q < Nq)
+
+
+@triton.jit
+def _score_walk(
+    b_before, b_qs, b_lses, p_q, p_lse, p_out, row, c, stride_qh, stride_cn, Nq, Nc, b_seen, begin, end,
+    scale_log2,
+    G: tl.constexpr, PER: tl.constexpr, REACH: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, CLAMP: tl.constexpr, LARGEST: tl.constexpr, HOLD: tl.constexpr,
+    EDGE: tl.constexpr,
+):  # fmt: skip
+    """Scores of the blocks of the windows [begin, end); ``b_before``: what the tile before lends on."""
+    NB: tl.constexpr = BN // PER
+    i_d = tl.arange(0, BD)
+    i_nb = tl.arange(0, NB)
+    i_n = tl.arange(0, BN)
+    # Column p NB + b is window p of block b.
+    i_window = i_n % NB * PER + i_n // NB
+    if REACH > 0:
+        # Block b lends to block b + 1, and the last one to the first of the next tile.
+        b_shift = (i_nb[:, None] + 1 == i_nb[None, :]).to(p_out.dtype.element_ty)
+        b_wrap = (i_nb[:, None] == i_nb[None, :] + (NB - 1)).to(p_out.dtype.element_ty)
+        i_per = tl.arange(0, PER)[None, :, None]
+    for n0 in range(begin, end, BN):
+        i_c = n0 + i_window
+        b_c = tl.trans(_tile(c, i_c, stride_cn, Nc, i_d, D, BD, EDGE))
+        b_r = tl.zeros([BT, BN], tl.float32)
+        if HOLD:
+            for i_g in tl.static_range(G):
+                b_s = tl.dot(b_qs[i_g], b_c, input_precision="ieee") * scale_log2 - b_lses[i_g][:, None]
+                if CLAMP:
+                    b_s = tl.minimum(b_s, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+                b_r += tl.exp2(b_s)
+        else:
+            for i_g in range(0, G):
+                b_q = tl.load(p_q + i_g * stride_qh, mask=row[:, None] & (i_d < D)[None, :], other=0.0)
+                b_lse = tl.load(p_lse + i_g * Nq, mask=row, other=0.0)
+                b_s = tl.dot(b_q, b_c, input_precision="ieee") * scale_log2 - b_lse[:, None]
+                if CLAMP:
+                    b_s = tl.minimum(b_s, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+                b_r += tl.exp2(b_s)
+        if EDGE:
+            b_r = tl.where(i_c[None, :] < b_seen[:, None], b_r, 0.0)
+        b_split = tl.reshape(b_r, [BT, PER, NB])
+        # The larger of a number and what is none is the number; of 0 and none, 0.
+        b_best = tl.maximum(tl.max(b_split, 1), 0.0)
+        if REACH > 0:
+            # The last windows of a block reach into the next one.
+            b_tail = tl.maximum(tl.max(tl.where(i_per >= PER - REACH, b_split, 0.0), 1), 0.0)
+            b_tail = b_tail.to(p_out.dtype.element_ty)
+            b_lent = tl.dot(b_tail, b_shift, input_precision="ieee")
+            b_lent = tl.dot(b_before, b_wrap, b_lent, input_precision="ieee")
+            b_best = tl.maximum(b_best, b_lent)
+            b_before = b_tail
+        tl.store(p_out + n0 // PER + i_nb[None, :], b_best.to(p_out.dtype.element_ty), mask=row[:, None])
+    return b_before
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _score_kernel(
     q, c, lse, scores,
-    stride_qb, stride_qh, stride_qn, stride_cb, stride_ch, stride_cn, H, Nq, Nc, offset, columns, scale_log2,
+    stride_qb, stride_qh, stride_qn, stride_cb, stride_ch, stride_cn, H, Nq, Nc, offset, i_first, n_rows,
+    units, scale_log2,
     G: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PER: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, CLAMP: tl.constexpr, LARGEST: tl.constexpr,
+    HOLD: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Block scores of a tile of tokens and one key head: ``columns`` blocks, all of them written."""
+    """Block scores of a tile of tokens and one key head, up to the last block that a window of it touches.
+
+    Rows are the queries ``i_first``, ``i_first + 1``, … of the ``Nq``.
+    """
     i_t = tl.num_programs(0) - 1 - tl.program_id(0)
     i_hk, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    i_q = i_t * BT + tl.arange(0, BT)
+    i_r = i_t * BT + tl.arange(0, BT)
+    i_q = i_first + i_r
     i_d = tl.arange(0, BD)
-    NB: tl.constexpr = BN // PER
     REACH: tl.constexpr = KERNEL // STRIDE - 1
-    i_nb = tl.arange(0, NB)
-    row = i_q < Nq
+    row = i_r < n_rows
     inside = row[:, None] & (i_d < D)[None, :]
     c += i_b * stride_cb + i_hk * stride_ch
     p_q = q + i_b * stride_qb + i_hk * G * stride_qh + i_q.to(tl.int64)[:, None] * stride_qn + i_d[None, :]
     p_lse = lse + (i_b * H + i_hk * G) * Nq + i_q
-    p_out = scores + ((i_b * (H // G) + i_hk) * Nq + i_q.to(tl.int64)) * columns
+    i_row = (i_b * (H // G) + i_hk) * n_rows + i_r.to(tl.int64)
+    p_out = scores + i_row[:, None] * (units * UNIT)
     b_seen = tl.maximum(i_q + offset + 1 - KERNEL + STRIDE, 0) // STRIDE
-    b_carry = tl.zeros([BT], tl.float32)
-    for n0 in range(0, columns * PER, BN):
-        i_c = n0 + tl.arange(0, BN)
-        b_c = tl.trans(_windows(c, i_c, stride_cn, Nc, i_d, D))
-        b_r = tl.zeros([BT, BN], tl.float32)
-        for i_g in range(0, G):
-            b_q = tl.load(p_q + i_g * stride_qh, mask=inside, other=0.0)
-            b_lse = tl.load(p_lse + i_g * Nq, mask=row, other=float("inf"))
-            # A row that has seen no window: exp2(s - inf) = 0.
-            b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
-            b_s = tl.dot(b_q, b_c, input_precision="ieee") * scale_log2 - b_lse[:, None]
-            if CLAMP:
-                b_s = tl.minimum(b_s, LARGEST)
-            b_r += tl.exp2(b_s)
-        # Not a number compares false, here and in the sum of what is not.
-        b_r = tl.where((i_c[None, :] < b_seen[:, None]) & (b_r == b_r), b_r, 0.0)
-        b_split = tl.reshape(b_r, [BT, NB, PER])
-        b_best = tl.max(b_split, 2)
-        if REACH > 0:
-            # The last windows of a block reach into the next one.
-            i_per = tl.arange(0, PER)[None, None, :]
-            b_tail = tl.max(tl.where(i_per >= PER - REACH, b_split, 0.0), 2)
-            i_from = tl.broadcast_to(tl.maximum(i_nb - 1, 0)[None, :], [BT, NB])
-            b_before = tl.where(i_nb[None, :] == 0, b_carry[:, None], tl.gather(b_tail, i_from, 1))
-            b_best = tl.maximum(b_best, b_before)
-            b_carry = tl.sum(tl.where(i_nb[None, :] == NB - 1, b_tail, 0.0), 1)
-        i_block = n0 // PER + i_nb
-        tl.store(p_out[:, None] + i_block[None, :], b_best, mask=row[:, None] & (i_block < columns)[None, :])
+    sure = tl.minimum(tl.maximum(i_first + i_t * BT + offset + 1 - KERNEL + STRIDE, 0) // STRIDE, Nc)
+    sure = sure // BN * BN
+    last = i_first + tl.minimum(i_t * BT + BT, n_rows) + offset
+    # The blocks of all tokens up to the last: their windows may still lack keys.
+    end = (last + PER * STRIDE - 1) // (PER * STRIDE) * PER
+    b_qs = ()
+    b_lses = ()
+    if HOLD:
+        for i_g in tl.static_range(G):
+            b_qs = b_qs + (tl.load(p_q + i_g * stride_qh, mask=inside, other=0.0),)  # noqa: RUF005
+            b_lses = b_lses + (tl.load(p_lse + i_g * Nq, mask=row, other=0.0),)  # noqa: RUF005
+    b_before = tl.zeros([BT, BN // PER], scores.dtype.element_ty)
+    b_before = _score_walk(
+        b_before, b_qs, b_lses, p_q, p_lse, p_out, row, c, stride_qh, stride_cn, Nq, Nc, b_seen, 0, sure,
+        scale_log2, G, PER, REACH, D, BD, BT, BN, CLAMP, LARGEST, HOLD, False,
+    )  # fmt: skip
+    b_before = _score_walk(
+        b_before, b_qs, b_lses, p_q, p_lse, p_out, row, c, stride_qh, stride_cn, Nq, Nc, b_seen, sure, end,
+        scale_log2, G, PER, REACH, D, BD, BT, BN, CLAMP, LARGEST, HOLD, True,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _list_kernel(
-    scores, counts, indices, members, stride_sr, n_rows, columns, first, window, init, topk, dense_len,
-    longest, TILE: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
+    scores, counts, indices, members, units, n_rows, T, i_first, first, window, init, topk, dense_len,
+    longest, TILE: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, GROUPS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
-    """The list of one tile of queries: each query's best blocks, then their union with a word per block."""
-    i_t, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """The list of one tile of queries: each query's best blocks, then their union with a word per block.
+
+    Rows are queries at the positions ``first, first + 1, …``; their lists are the ``i_first``-th and on.
+    """
+    i_t = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_bh = tl.program_id(1).to(tl.int64)
     i_c = tl.arange(0, BC)
+    NUMBER: tl.constexpr = 16  # bits for a block's number
+    WIDE: tl.constexpr = scores.dtype.element_ty == tl.float32
+    INT: tl.constexpr = tl.int64 if WIDE else tl.int32
+    BITS: tl.constexpr = tl.int32 if WIDE else tl.int16
     b_words = tl.zeros([BC], tl.int32)
     for t in range(0, TILE):
         i_r = i_t * TILE + t
         position = first + i_r
         # Candidates: the blocks before the query's window.
-        before = tl.where(i_r < n_rows, position // BS - window + 1, 0)
-        before = tl.minimum(tl.maximum(before, 0), columns)
-        p_s = scores + (i_bh * n_rows + i_r) * stride_sr + i_c
-        b_s = tl.load(p_s, mask=i_c < before, other=0.0)
-        # Scores are not negative, so their bits sort as they do; the first blocks come before all.
-        b_key = b_s.to(tl.int32, bitcast=True)
-        b_key = tl.where(i_c < init, 0x7F800000, b_key)
-        b_key = tl.where(i_c < before, b_key, -1)
+        before = tl.maximum(tl.where(i_r < n_rows, position // BS - window + 1, 0), 0)
         wanted = tl.where((before <= topk) | (position + 1 < dense_len), before, topk)
-        # low: at least as many as wanted are not below it; high: fewer are not below it.
-        low = tl.zeros([], tl.int32)
-        high = tl.max(b_key, 0) + 1
-        n_low, n_high = before, tl.zeros([], tl.int32)
-        while (high - low > 1) & (n_low != wanted):
-            middle = low + (high - low) // 2
-            n = tl.sum((b_key >= middle).to(tl.int32), 0)
-            enough = n >= wanted
-            low = tl.where(enough, middle, low)
-            n_low = tl.where(enough, n, n_low)
-            high = tl.where(enough, high, middle)
-            n_high = tl.where(enough, n_high, n)
-        b_taken = (b_key >= low).to(tl.int32)
-        if n_low != wanted:
-            # Equal scores at the edge: the earlier blocks, as many as there is room for.
-            b_equal = (b_key == low).to(tl.int32)
-            b_fits = (tl.cumsum(b_equal, 0) <= wanted - n_high).to(tl.int32)
-            b_taken = (b_key > low).to(tl.int32) + b_equal * b_fits
-        b_words = b_words | (b_taken << t)
+        if wanted == before:
+            b_words = b_words | ((i_c < before).to(tl.int32) << t)
+        else:
+            p_s = scores + (i_bh * n_rows + i_r) * (units * UNIT) + i_c
+            b_s = tl.load(p_s, mask=i_c < before, other=0.0)
+            # The first blocks come before all; of the others ``need`` are wanted.
+            firsts = tl.minimum(init, wanted)
+            need = wanted - firsts
+            # Scores are not negative, so their bits sort as they do.
+            b_key = b_s.to(BITS, bitcast=True).to(INT)
+            b_key = (b_key << NUMBER) | ((1 << NUMBER) - 1 - i_c)
+            b_key = tl.where((i_c >= init) & (i_c < before), b_key, -1)
+            # low: at least as many as needed are not below it; high: fewer are not below it.
+            b_group = tl.max(tl.reshape(b_key, [BC // GROUPS, GROUPS]), 0)
+            low = tl.maximum(tl.min(b_group, 0), 0)  # each of GROUPS >= topk groups has one
+            high = tl.max(b_group, 0) + 1
+            n = need + 1
+            while (high - low > 1) & (n != need):
+                middle = low + (high - low) // 2
+                n = tl.sum((b_key >= middle).to(tl.int32), 0)
+                low = tl.where(n >= need, middle, low)
+                high = tl.where(n >= need, high, middle)
+            b_taken = (i_c < firsts) | ((b_key >= low) & (need > 0))
+            b_words = b_words | (b_taken.to(tl.int32) << t)
     b_listed = (b_words != 0).to(tl.int32)
     b_place = tl.cumsum(b_listed, 0) - 1
-    i_list = i_bh * tl.num_programs(0) + i_t
+    i_list = i_bh * T + i_first + i_t
     fits = (b_listed != 0) & (b_place < longest)
     tl.store(indices + i_list * longest + b_place, i_c, mask=fits)
     tl.store(members + i_list * longest + b_place, b_words, mask=fits)
@@ -182,70 +298,162 @@ def scores(
 ) -> Float[Tensor, "B Hkv Nq Mk"]:
     """See :func:`sparseland.ops.kernel_scores.kernel_scores`."""
     q, compressed = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, compressed))
+    B, _, Nq, _ = q.shape
+    offset, columns = n_keys - Nq, cdiv(n_keys, block_size)
+    lse = denominators(q, compressed, coarse, kernel, stride, offset, scale)
+    out = q.new_zeros(B, compressed.shape[1], Nq, cdiv(columns, _UNIT) * _UNIT, dtype=torch.float32)
+    score(out, q, compressed, lse, 0, offset, kernel, stride, block_size, scale, coarse is not None)
+    return out[..., :columns].contiguous()
+
+
+def score(
+    out: Float[Tensor, "B Hkv R M"],
+    q: Float[Tensor, "B Hq Nq D"],
+    compressed: Float[Tensor, "B Hkv Nc D"],
+    lse: Float[Tensor, "B Hq Nq"],
+    start: int,
+    offset: int,
+    kernel: int,
+    stride: int,
+    block_size: int,
+    scale: float,
+    clamp: bool,
+    cut: Cut | None = None,
+) -> None:
+    """Scores of the queries from ``start`` on, into ``out``, as far as each tile's windows go."""
     B, H, Nq, D = q.shape
-    Hkv, offset, columns = compressed.shape[1], n_keys - Nq, cdiv(n_keys, block_size)
-    wide = D > 64 or q.dtype == torch.float32
-    BT, BN = (32, 32) if q.dtype == torch.float32 else (128, 64) if wide else (128, 128)
-    per_block = block_size // stride
-    BN = max(BN, per_block)
-    BD = max(16, triton.next_power_of_2(D))
+    Hkv, rows, width = out.shape[1:]
+    per_block, BD = block_size // stride, max(16, triton.next_power_of_2(D))
+    if cut is None:
+        cut = FULL_PRECISION if q.dtype == torch.float32 else SCORE[max(BD, 64)]
+    # At least 16 blocks, which a product takes, and whole units.
+    BN = min(max(cut.BN, 16 * per_block), _UNIT * per_block)
+
+    def launch(hold: bool) -> None:
+        _score_kernel[(cdiv(rows, cut.BT), Hkv, B)](
+            q, compressed, lse, out, *q.stride()[:3], *compressed.stride()[:3], H, Nq, compressed.shape[2],
+            offset, start, rows, width // _UNIT, scale * _LOG2E, H // Hkv, kernel, stride, per_block, D, BD,
+            cut.BT, BN, clamp, LARGEST * _LOG2E, hold, _UNIT, num_warps=cut.warps, num_stages=cut.stages,
+        )  # fmt: skip
+
+    if cut.hold and H // Hkv * cut.BT * BD * q.element_size() <= _HELD_QUERIES:
+        try:
+            return launch(True)
+        except OutOfResources:  # devices with less shared memory
+            pass
+    return launch(False)
+
+
+def denominators(
+    q: Float[Tensor, "B Hq Nq D"],
+    compressed: Float[Tensor, "B Hkv Nc D"],
+    coarse: Float[Tensor, "B Hkv Nf D"] | None,
+    kernel: int,
+    stride: int,
+    offset: int,
+    scale: float,
+    cut: Cut | None = None,
+) -> Float[Tensor, "B Hq Nq"]:
+    """Base-2 log-sum-exp over the coarse windows; over all where a query has seen none of them."""
     if coarse is None:
-        lse = _lse(q, compressed, kernel, stride, offset, scale)
-    else:
-        lse = _lse(q, coarse.contiguous(), 4 * kernel, 4 * stride, offset, scale)
-        # The first positions have seen no coarse window.
-        early = min(max(4 * kernel - 1 - offset, 0), Nq)
-        if early:
-            lse[:, :, :early] = _lse(q[:, :, :early], compressed, kernel, stride, offset, scale)
-    out = torch.empty(B, Hkv, Nq, columns, dtype=torch.float32, device=q.device)
-    _score_kernel[(cdiv(Nq, BT), Hkv, B)](
-        q, compressed, lse, out, *q.stride()[:3], *compressed.stride()[:3], H, Nq, compressed.shape[2],
-        offset, columns, scale * _LOG2E, H // Hkv, kernel, stride, per_block, D, BD, BT, BN,
-        coarse is not None, LARGEST * _LOG2E, num_warps=4 if BT < 128 else 8, num_stages=2,
-    )  # fmt: skip
-    return out
+        return _lse(q, compressed, kernel, stride, offset, scale, cut)
+    lse = _lse(q, coarse.contiguous(), 4 * kernel, 4 * stride, offset, scale, cut)
+    early = min(max(4 * kernel - 1 - offset, 0), q.shape[2])
+    if early:
+        lse[:, :, :early] = _lse(q[:, :, :early], compressed, kernel, stride, offset, scale, cut)
+    return lse
 
 
-def _lse(q: Tensor, windows: Tensor, kernel: int, stride: int, offset: int, scale: float) -> Tensor:
+def _lse(
+    q: Tensor, windows: Tensor, kernel: int, stride: int, offset: int, scale: float, cut: Cut | None
+) -> Tensor:
     B, H, Nq, D = q.shape
     lse = torch.empty(B, H, Nq, dtype=torch.float32, device=q.device)
-    BT, BN = (32, 32) if q.dtype == torch.float32 else (128, 64)
-    _lse_kernel[(cdiv(Nq, BT), H, B)](
+    BD = max(16, triton.next_power_of_2(D))
+    if cut is None:
+        cut = FULL_PRECISION if q.dtype == torch.float32 else LSE[max(BD, 64)]
+    _lse_kernel[(cdiv(Nq, cut.BT), H, B)](
         q, windows, lse, *q.stride()[:3], *windows.stride()[:3], H, H // windows.shape[1], Nq,
-        windows.shape[2], offset, scale * _LOG2E, kernel, stride, D, max(16, triton.next_power_of_2(D)),
-        BT, BN, num_warps=4 if BT < 128 else 8, num_stages=2,
+        windows.shape[2], offset, scale * _LOG2E, kernel, stride, D, BD, cut.BT, cut.BN,
+        num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return lse
 
 
-def lists(
-    scores: Float[Tensor, "B Hkv R M"],
-    first: int,
+def select(
+    q: Float[Tensor, "B Hq Nq D"],
+    compressed: Float[Tensor, "B Hkv Nc D"],
+    coarse: Float[Tensor, "B Hkv Nf D"] | None,
+    n_keys: int,
+    kernel: int,
+    stride: int,
     block_size: int,
     window: int,
     init: int,
     topk: int,
     dense_len: int,
     tile: int,
+    scale: float,
     longest: int,
 ) -> tuple[Int[Tensor, "B Hkv T"], Int[Tensor, "B Hkv T L"], Int[Tensor, "B Hkv T L"]]:
-    """Counts, indices and members of the best blocks of queries at ``first, first + 1, …``.
+    """See :func:`sparseland.ops.kernel_scores.select_blocks`: a few large pieces, two launches for each."""
+    q, compressed = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, compressed))
+    B, _, Nq, _ = q.shape
+    Hkv, offset = compressed.shape[1], n_keys - Nq
+    shape = (B, Hkv, cdiv(Nq, tile))
+    counts = torch.zeros(shape, dtype=torch.int32, device=q.device)
+    indices, members = (torch.zeros(*shape, longest, dtype=torch.int32, device=q.device) for _ in range(2))
+    if not longest:
+        return counts, indices, members
+    made = (counts, indices, members)
+    choice = (offset, block_size, window, init, topk, dense_len, tile)
+    # Queries up to here take every block before their window: they need no scores.
+    whole = max(dense_len - 1, (topk + window) * block_size) - offset
+    whole = min(max(whole, 0), Nq) // tile * tile
+    dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
+    if whole:
+        lists(q.new_zeros(1, 1, whole, 0, dtype=dtype), made, 0, *choice)
+    if whole == Nq:
+        return made
+    later = q[:, :, whole:]
+    lse = denominators(later, compressed, coarse, kernel, stride, offset + whole, scale)
+    sizes = (kernel, stride, block_size, scale, coarse is not None)
+    widest = cdiv(cdiv(n_keys, block_size), _UNIT) * _UNIT
+    rows = max(tile, _HELD_BYTES // (B * Hkv * widest * dtype.itemsize) // tile * tile)
+    for start in range(whole, Nq, rows):
+        end = min(start + rows, Nq)
+        width = cdiv(cdiv(offset + end, block_size), _UNIT) * _UNIT
+        held = q.new_empty(B, Hkv, end - start, width, dtype=dtype)
+        score(held, later, compressed, lse, start - whole, offset + whole, *sizes)
+        lists(held, made, start, *choice)
+    return made
 
-    ``scores`` may be the first columns of a wider array, as :func:`scores` gives it.
+
+def lists(
+    scores: Float[Tensor, "b h R M"],
+    made: tuple[Int[Tensor, "B Hkv T"], Int[Tensor, "B Hkv T L"], Int[Tensor, "B Hkv T L"]],
+    start: int,
+    offset: int,
+    block_size: int,
+    window: int,
+    init: int,
+    topk: int,
+    dense_len: int,
+    tile: int,
+    per_warp: int | None = None,
+) -> None:
+    """Counts, indices and members of the best blocks of the queries from ``start`` on, into ``made``.
+
+    ``scores`` are as :func:`score` leaves them; without columns, where every query takes all it can.
     """
-    B, Hkv, rows, columns = scores.shape
-    stride = scores.stride(2)
-    if scores.stride() != (Hkv * rows * stride, rows * stride, stride, 1):
-        scores = scores.contiguous()
-        stride = columns
-    shape = (B, Hkv, cdiv(rows, tile))
-    counts = torch.empty(shape, dtype=torch.int32, device=scores.device)
-    indices, members = (
-        torch.zeros(*shape, longest, dtype=torch.int32, device=scores.device) for _ in range(2)
-    )
-    BC = max(16, triton.next_power_of_2(columns))
-    _list_kernel[(shape[2], B * Hkv)](
-        scores, counts, indices, members, stride, rows, columns, first, window, init, topk, dense_len,
-        longest, tile, block_size, BC, num_warps=max(1, min(8, BC // 512)),
+    counts, indices, members = made
+    B, Hkv, T = counts.shape
+    rows = scores.shape[2]
+    columns = max(1, (offset + start + rows - 1) // block_size - window + 1)
+    GROUPS = triton.next_power_of_2(topk)
+    BC = max(16, GROUPS, triton.next_power_of_2(columns))
+    _list_kernel[(cdiv(rows, tile), B * Hkv)](
+        scores, counts, indices, members, scores.shape[3] // _UNIT, rows, T, start // tile, offset + start,
+        window, init, topk, dense_len, indices.shape[3], tile, block_size, BC, GROUPS, _UNIT,
+        num_warps=max(1, min(8, BC // (per_warp or LIST_COLUMNS))),
     )  # fmt: skip
-    return counts, indices, members
