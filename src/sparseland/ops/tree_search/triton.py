@@ -225,7 +225,8 @@ def _search_kernel(
     origin = tl.load(first + i_b * stride_fb + i_m)
     B = tl.load(blocks + i_b * stride_fb + i_m)
     out += ((i_b * heads + i_h).to(tl.int64) * M + i_m) * K
-    i_s = tl.arange(0, BK)
+    # One element a thread, as the scattered stores have it: other layouts would be converted on each of them.
+    i_s = tl.max_contiguous(tl.arange(0, BK), 1)
     if B <= K:
         tl.store(out + i_s, tl.where(i_s < B, origin + i_s * BLOCK_K, 0), mask=i_s < K)
         return
