@@ -11,6 +11,7 @@ from torch import Tensor
 from sparseland import patterns
 from sparseland.errors import SparselandError
 from sparseland.ops.lowbit_scores import fast, kept_tiles, lowbit_tiles, reference, tile_blocks
+from sparseland.ops.lowbit_scores import triton as kernels
 from sparseland.ops.lowbit_scores.tiles import judged, n_judged, pack, unpack
 from sparseland.ops.lowbit_scores.triton import tile_lists
 from sparseland.patterns import BlockPattern, cdiv
@@ -276,3 +277,18 @@ def test_clear_errors() -> None:
         lowbit_tiles(q, k, tau, scale=0.0)
     with pytest.raises(SparselandError, match="no backend 'fa4'"):
         lowbit_tiles(q, k, tau, backend="fa4")
+
+
+@pytest.mark.parametrize("number", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("tile", sorted({t for tiles in kernels.TILES.values() for t in tiles}), ids=str)
+def test_tiles_and_numbers_give_the_same_bits(
+    tile: tuple[int, ...], number: torch.dtype, monkeypatch
+) -> None:
+    if number.is_floating_point and kernels._number(torch.device(DEVICE)) != number:
+        pytest.skip("a card without float8")
+    q, k, tau = inputs((1, 2, 1, 300, 330, 32))
+    monkeypatch.setattr(kernels, "_tile_sizes", lambda _: tile)
+    monkeypatch.setattr(kernels, "_number", lambda _: number)
+    got = lowbit_tiles(q, k, tau, backend="triton")
+    assert torch.equal(got, lowbit_tiles(q, k, tau, backend="reference"))
+    assert 0 < unpack(got).sum() < 2 * judged(300, 330, DEVICE).sum()

@@ -29,12 +29,20 @@ _PRECISION = tl.constexpr("tf32x3")
 
 @triton.jit
 def _logits(
-    b_q, k_base, stride_kn, i_k, i_row, i_d, n_keys, n_probe, D, scale_log2
+    b_q, k_base, stride_kn, i_k, i_row, i_d, n_keys, n_probe, D, scale_log2, MASKED: tl.constexpr
 ):  # fmt: skip
-    """Base-2 logits of one tile, -inf for the future, for rows past the probe and keys past the end."""
-    b_load = (i_k < n_keys)[:, None] & (i_d < D)[None, :]
+    """Base-2 logits of one tile, -inf for the future, for rows past the probe and keys past the end.
+
+    Not MASKED: all keys lie before the probe; what rows past it get is undefined.
+    """
+    if MASKED:
+        b_load = (i_k < n_keys)[:, None] & (i_d < D)[None, :]
+    else:
+        b_load = (i_d < D)[None, :]
     b_k = tl.load(k_base + i_k[:, None].to(tl.int64) * stride_kn + i_d[None, :], mask=b_load, other=0.0)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
+    if not MASKED:
+        return b_s
     b_seen = i_k[None, :] <= (n_keys - n_probe + i_row)[:, None]
     b_seen = b_seen & (i_row < n_probe)[:, None] & (i_k < n_keys)[None, :]
     return tl.where(b_seen, b_s, float("-inf"))
@@ -49,27 +57,45 @@ def _load_q(q, stride_qb, stride_qh, stride_qn, i_b, i_h, i_row, i_d, n_queries,
 
 
 @triton.jit
+def _lse_step(
+    b_m, b_l, b_q, k_base, stride_kn, start, i_row, i_d, n_keys, n_probe, D, scale_log2,
+    MASKED: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys joins the running maximum (base 2) and sum of each row."""
+    i_k = start + tl.arange(0, BL)
+    b_s = _logits(b_q, k_base, stride_kn, i_k, i_row, i_d, n_keys, n_probe, D, scale_log2, MASKED)
+    b_new = tl.maximum(b_m, tl.max(b_s, 1))
+    # A row may see none of a chunk: keep -inf - (-inf) out.
+    b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_l = b_l * tl.exp2(b_m - b_shift) + tl.sum(tl.exp2(b_s - b_shift[:, None]), 1)
+    return b_new, b_l
+
+
+@triton.jit
 def _chunk_lse(
     q, k, lse, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    Hq, Hkv, n_queries, n_keys, n_probe, D, chunk, scale_log2, BL: tl.constexpr, BD: tl.constexpr,
+    Hq, Hkv, n_queries, n_keys, n_probe, D, chunk, scale_log2, ROWS, BL: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    """Part ``program_id(2)`` of the probe, BL of its ROWS rows, against a chunk of the keys."""
     i_chunk, i_bh = tl.program_id(0), tl.program_id(1)
     i_b, i_h = (i_bh // Hq).to(tl.int64), (i_bh % Hq).to(tl.int64)
-    i_row, i_d = tl.arange(0, BL), tl.arange(0, BD)
+    i_row, i_d = tl.program_id(2) * BL + tl.arange(0, BL), tl.arange(0, BD)
     b_q = _load_q(q, stride_qb, stride_qh, stride_qn, i_b, i_h, i_row, i_d, n_queries, n_probe, D)
     k_base = k + i_b * stride_kb + (i_h // (Hq // Hkv)) * stride_kh
     b_m = tl.full([BL], float("-inf"), dtype=tl.float32)
     b_l = tl.zeros([BL], dtype=tl.float32)
-    for i_start in range(i_chunk * chunk, tl.minimum(i_chunk * chunk + chunk, n_keys), BL):
-        i_k = i_start + tl.arange(0, BL)
-        b_s = _logits(b_q, k_base, stride_kn, i_k, i_row, i_d, n_keys, n_probe, D, scale_log2)
-        b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
-        # A row may see none of a chunk: keep -inf - (-inf) out.
-        b_shift = tl.where(b_m_new == float("-inf"), 0.0, b_m_new)
-        b_l = b_l * tl.exp2(b_m - b_shift) + tl.sum(tl.exp2(b_s - b_shift[:, None]), 1)
-        b_m = b_m_new
+    begin, end = i_chunk * chunk, tl.minimum(i_chunk * chunk + chunk, n_keys)
+    middle = tl.maximum(begin, tl.minimum(end, n_keys - n_probe) // BL * BL)
+    for start in range(begin, middle, BL):
+        b_m, b_l = _lse_step(
+            b_m, b_l, b_q, k_base, stride_kn, start, i_row, i_d, n_keys, n_probe, D, scale_log2, False, BL
+        )
+    for start in range(middle, end, BL):
+        b_m, b_l = _lse_step(
+            b_m, b_l, b_q, k_base, stride_kn, start, i_row, i_d, n_keys, n_probe, D, scale_log2, True, BL
+        )
     b_lse = tl.where(b_l == 0.0, float("-inf"), b_m + tl.log2(tl.where(b_l == 0.0, 1.0, b_l)))
-    i_out = (i_bh.to(tl.int64) * tl.num_programs(0) + i_chunk) * BL
+    i_out = (i_bh.to(tl.int64) * tl.num_programs(0) + i_chunk) * ROWS
     tl.store(lse + i_out + i_row, b_lse)
 
 
@@ -87,7 +113,7 @@ def _sums(
     k_base = k + i_b * stride_kb + (i_h // (Hq // Hkv)) * stride_kh
     i_k = i_tile * BL + i_c
     b_lse = tl.load(lse + i_bh.to(tl.int64) * ROWS + i_row)
-    b_s = _logits(b_q, k_base, stride_kn, i_k, i_row, i_d, n_keys, n_probe, D, scale_log2)
+    b_s = _logits(b_q, k_base, stride_kn, i_k, i_row, i_d, n_keys, n_probe, D, scale_log2, True)
     b_p = tl.exp2(b_s - b_lse[:, None])
     i_pbh = i_part.to(tl.int64) * tl.num_programs(1) + i_bh
     tl.store(vertical + i_pbh * n_keys + i_k, tl.sum(b_p, 0), mask=i_k < n_keys)
@@ -100,7 +126,7 @@ def _sums(
 
 
 @triton.jit
-def _merge_lse(partial, lse, chunks, BL: tl.constexpr, BC: tl.constexpr):
+def _merge_lse(partial, lse, chunks, n_probe, BL: tl.constexpr, BC: tl.constexpr):
     """One log-sum-exp per probe row out of those of the chunks; +inf where a row sees nothing."""
     i_bh = tl.program_id(0).to(tl.int64)
     i_row, i_c = tl.arange(0, BL), tl.arange(0, BC)
@@ -110,7 +136,8 @@ def _merge_lse(partial, lse, chunks, BL: tl.constexpr, BC: tl.constexpr):
     b_shift = tl.where(b_m == float("-inf"), 0.0, b_m)
     b_sum = tl.sum(tl.exp2(b_x - b_shift[None, :]), 0)
     # Rows past the probe see nothing; +inf makes their probabilities 0.
-    b_lse = tl.where(b_sum == 0.0, float("inf"), b_shift + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))
+    b_none = (b_sum == 0.0) | (i_row >= n_probe)
+    b_lse = tl.where(b_none, float("inf"), b_shift + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))
     tl.store(lse + i_bh * BL + i_row, b_lse)
 
 
@@ -132,7 +159,7 @@ def _gather_sums(
         # Diagonal d = j - i of a tile runs from -BL up: `high` starts at the tile's first key, `low` BL
         # before. Distance o is the diagonal Nk - L - o of the first part's rows i, BL more for each other.
         i_d = n_keys - n_probe + i_part * BL - i_n
-        b_s += tl.load(high + i_pbh * padded + i_d, mask=b_in & (i_d >= 0), other=0.0)
+        b_s += tl.load(high + i_pbh * padded + i_d, mask=b_in & (i_d >= 0) & (i_d < padded), other=0.0)
         b_low = b_in & (i_d >= -BL) & (i_d + BL < padded)
         b_s += tl.load(low + i_pbh * padded + i_d + BL, mask=b_low, other=0.0)
     tl.store(tokens + i_bh * n_keys + i_n, b_v, mask=b_in)
@@ -281,29 +308,27 @@ def probe_sums(
     BD = max(16, triton.next_power_of_2(D))
     strides = (*q.stride()[:3], *k.stride()[:3])
     sizes = (Hq, k.shape[1], n_queries, n_keys, n_probe, D)
-    tiles = triton.cdiv(n_keys, BL)
+    # Softmax and skew are dear in wide tiles: the probe goes by in parts.
+    part = min(BL, _PART)
+    parts, tiles = BL // part, triton.cdiv(n_keys, part)
     # Enough programs for a large GPU, few enough that their partial sums stay small.
-    chunk = BL * triton.cdiv(tiles, _CHUNKS)
+    chunk = part * triton.cdiv(tiles, _CHUNKS)
     chunks = triton.cdiv(n_keys, chunk)
     number = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(B * Hq, chunks, BL, **number)
     lse = torch.empty(B * Hq, BL, **number)
     tokens = torch.empty(2, B, Hq, n_keys, **number)
     blocks = torch.empty(2, B, Hq, triton.cdiv(n_keys, block_size), **number)
-    # The skew is dear in wide tiles: the probe goes by in parts.
-    part = min(BL, _PART)
-    parts, part_tiles = triton.cdiv(n_probe, part), triton.cdiv(n_keys, part)
     vertical = torch.empty(parts, B * Hq, n_keys, **number)
-    low, high = torch.empty(2, parts, B * Hq, part_tiles * part, **number)
-    options = {"BL": BL, "BD": BD, "num_warps": 4 if BL * BD <= 64 * 64 else 8, "num_stages": 2}
-    _chunk_lse[(chunks, B * Hq)](q, k, partial, *strides, *sizes, chunk, scale * _LOG2E, **options)
-    _merge_lse[(B * Hq,)](partial, lse, chunks, BL=BL, BC=_CHUNKS, num_warps=4)
-    narrow = {"BL": part, "BD": BD, "num_warps": 4 if part * BD <= 64 * 64 else 8, "num_stages": 2}
-    _sums[(part_tiles, B * Hq, parts)](
-        q, k, lse, vertical, low, high, *strides, *sizes, scale * _LOG2E, BL, **narrow
+    low, high = torch.empty(2, parts, B * Hq, tiles * part, **number)
+    options = {"BL": part, "BD": BD, "num_warps": 4 if part * BD <= 64 * 64 else 8, "num_stages": 2}
+    _chunk_lse[(chunks, B * Hq, parts)](q, k, partial, *strides, *sizes, chunk, scale * _LOG2E, BL, **options)
+    _merge_lse[(B * Hq,)](partial, lse, chunks, n_probe, BL=BL, BC=_CHUNKS, num_warps=4)
+    _sums[(tiles, B * Hq, parts)](
+        q, k, lse, vertical, low, high, *strides, *sizes, scale * _LOG2E, BL, **options
     )
     _gather_sums[(blocks.shape[3], B * Hq)](
-        vertical, low, high, tokens, blocks, B * Hq, n_keys, n_probe, blocks.shape[3], part_tiles * part,
+        vertical, low, high, tokens, blocks, B * Hq, n_keys, n_probe, blocks.shape[3], tiles * part,
         block_size, PARTS=parts, BL=part, BS=triton.next_power_of_2(block_size),
         num_warps=1 if block_size <= 256 else 4,
     )  # fmt: skip
