@@ -15,7 +15,7 @@ from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs, parse_spec
 from sparseland.models.tiny import tiny_model
 from sparseland.ops.attend import attend
-from sparseland.patterns import BlockColumnPattern, WindowPattern
+from sparseland.patterns import BlockColumnPattern, PiecedPattern, WindowPattern
 
 # Whole prompt, odd length, chunks that do and do not start at a block's edge, fewer queries than a block.
 SHAPES = [(256, 256), (251, 251), (64, 320), (77, 211), (10, 200)]
@@ -87,7 +87,9 @@ def test_the_pairs_are_the_literal_ones(inputs, n_queries, n_keys, options):
     x = whole_numbers(inputs(n_keys, n_queries=n_queries))
     method = HipAttention(**{**SMALL.params(), **options})
     pattern = method.pattern(x)
-    assert isinstance(pattern, BlockColumnPattern)
+    # Dense queries, where the call has any, are a stretch of their own.
+    pieced = n_keys - n_queries < (method.dense_queries or 0)
+    assert isinstance(pattern, PiecedPattern if pieced else BlockColumnPattern)
     assert torch.equal(pattern.mask(), literal_mask(x, method))
     assert torch.equal(pattern.pairs(), pattern.mask().sum((-1, -2)))
 
@@ -208,6 +210,17 @@ def test_the_recipe_for_dense_queries(inputs):
     assert torch.equal(mask[0, 0, :n], causal[:n])
     assert torch.equal(mask[:, :, n:], SMALL.pattern(x).mask()[:, :, n:])
     assert recipe.pattern(x).density().min() > SMALL.pattern(x).density().max()
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(512, 512), (300, 387)])
+def test_dense_queries_are_computed_as_the_pairs_say(inputs, n_queries, n_keys):
+    x = inputs(n_keys, n_queries=n_queries)
+    pattern = HipAttention(**{**SMALL.params(), "dense_queries": 200}).pattern(x)
+    assert isinstance(pattern, PiecedPattern)
+    out = attend(x.q, x.k, x.v, pattern, scale=x.scale)
+    k, v = (t.repeat_interleave(x.group, 1) for t in (x.k, x.v))
+    scores = (x.q @ k.mT * x.scale).masked_fill(~pattern.mask(), -math.inf)
+    assert torch.allclose(out, scores.softmax(-1) @ v, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -40,7 +40,15 @@ from sparseland.method import (
     param,
 )
 from sparseland.ops.tree_search import tree_search
-from sparseland.patterns import BlockColumnPattern, BlockPattern, ColumnPattern, Pattern, WindowPattern, cdiv
+from sparseland.patterns import (
+    BlockColumnPattern,
+    BlockPattern,
+    ColumnPattern,
+    Pattern,
+    PiecedPattern,
+    WindowPattern,
+    cdiv,
+)
 
 _ROLES: dict[str, frozenset[Role]] = {
     "prefill": frozenset({"prefill"}),
@@ -156,12 +164,25 @@ class HipAttention(PrefillMethod, SelectMethod):
         if x.layer < self.dense_layers or dense >= n_keys or (near - sinks) * size <= self.k:
             return WindowPattern.dense(n_queries, n_keys)
 
-        first = torch.arange(rows, device=x.q.device, dtype=torch.int32) * size + x.offset
+        # Query blocks that begin with a dense query are a stretch of their own: lists of small blocks would
+        # make all their pairs slow.
+        cut = min(max(0, cdiv(dense - x.offset, size)), rows) * size
+        if not cut:
+            return self._searched(x, 0)
+        if cut >= n_queries:
+            return WindowPattern.dense(n_queries, n_keys)
+        parts = {0: causal_blocks(cut, x.offset + cut, x.q), cut: self._searched(x, cut)}
+        return PiecedPattern(n_queries, n_keys, lambda start, stop: parts[start], (cut, n_queries))
+
+    def _searched(self, x: AttentionInputs, start: int) -> BlockColumnPattern:
+        """The pattern of the queries from ``start`` on, a multiple of ``block_q``."""
+        size, offset, q = self.block_q, x.offset + start, x.q[:, :, start:]
+        n_queries, n_keys, sinks = q.shape[2], x.k.shape[2], cdiv(self.sinks, size)
+        first = torch.arange(cdiv(n_queries, size), device=q.device, dtype=torch.int32) * size + offset
         local = (first - self.window + 1).clamp(min=0) // size
-        local = torch.where(first < dense, 0, local)  # a dense query's window is everything
         searched = (local - sinks).clamp(min=0) * (size // self.block_k)
         counts, starts = tree_search(
-            x.q, x.k, torch.full_like(first, sinks * size)[None], searched[None],
+            q, x.k, torch.full_like(first, sinks * size)[None], searched[None],
             block_q=size, block_k=self.block_k, keep=self.k // self.block_k, stride=self.query_stride,
             shared=self.group == "shared",
         )  # fmt: skip
@@ -175,7 +196,7 @@ class HipAttention(PrefillMethod, SelectMethod):
         last = (first + size - 1).clamp(max=n_keys - 1) // size
         leading = local.clamp(max=sinks)
         window = cdiv(self.window + size - 1, size) + 1
-        longest = min(cdiv(n_keys, size), max(sinks + window, cdiv(dense + size, size) + 1))
+        longest = min(cdiv(n_keys, size), sinks + window)
         place = torch.arange(longest, dtype=torch.int32, device=first.device)
         blocks = torch.where(place < leading[:, None], place, place + (local - leading)[:, None])
         lists = (leading + last - local + 1)[None, None], blocks[None, None]
@@ -238,6 +259,16 @@ class HipAttention(PrefillMethod, SelectMethod):
         sinks = torch.where(sinks < near_from[:, None], sinks, -1)
         state.far = torch.cat([sinks[:, None].expand(-1, found.shape[1], -1), found], dim=-1)
         state.near_from, state.length_then = near_from, n
+
+
+def causal_blocks(n_queries: int, n_keys: int, q: Float[Tensor, "B H Nq D"]) -> BlockPattern:
+    """All causal pairs, as lists of 128 keys."""
+    size = 128
+    end = (torch.arange(cdiv(n_queries, size), device=q.device, dtype=torch.int32) + 1) * size
+    counts = (end.clamp(max=n_queries) + (n_keys - n_queries - 1)) // size + 1
+    place = torch.arange(cdiv(n_keys, size), device=q.device, dtype=torch.int32)
+    lists = counts.expand(*q.shape[:2], -1), place.expand(*q.shape[:2], len(counts), -1)
+    return BlockPattern(n_queries, n_keys, size, *lists)
 
 
 class FoundState(SelectState):
