@@ -72,7 +72,8 @@ class InfLLMV2(PrefillMethod, SelectMethod):
             "and dense_len notice)",
             "topk counts the first blocks and not the window, as in the released configuration",
             "at equal scores the earlier block is taken; the released kernels leave it to the sort",
-            "scores are kept in float32 (released: the model's precision)",
+            "scores are kept in float32 (released: the model's precision); only the GPU kernel for prompts "
+            "in half precision rounds them to bfloat16 before it compares blocks",
             "where no coarse window has ended yet, the softmax's denominator is exact",
             "windows are means after RoPE; the released option of scoring without RoPE is not here",
         ),

@@ -257,7 +257,8 @@ def _list_kernel(
             b_words = b_words | ((i_c < before).to(tl.int32) << t)
         else:
             p_s = scores + (i_bh * n_rows + i_r) * (units * UNIT) + i_c
-            b_s = tl.load(p_s, mask=i_c < before, other=0.0)
+            # A mask of whole units lets loads be wide; what lies behind ``before`` is dropped below.
+            b_s = tl.load(p_s, mask=i_c < (before + UNIT - 1) // UNIT * UNIT, other=0.0)
             # The first blocks come before all; of the others ``need`` are wanted.
             firsts = tl.minimum(init, wanted)
             need = wanted - firsts
@@ -455,5 +456,5 @@ def lists(
     _list_kernel[(cdiv(rows, tile), B * Hkv)](
         scores, counts, indices, members, scores.shape[3] // _UNIT, rows, T, start // tile, offset + start,
         window, init, topk, dense_len, indices.shape[3], tile, block_size, BC, GROUPS, _UNIT,
-        num_warps=max(1, min(8, BC // (per_warp or LIST_COLUMNS))),
+        num_warps=max(1, min(16, BC // (per_warp or LIST_COLUMNS))),
     )  # fmt: skip
