@@ -214,7 +214,8 @@ def compare(
 
 SEARCH_TILES = [
     search_kernel.Tile(128, 4), search_kernel.Tile(64, 4), search_kernel.Tile(64, 2),
-    search_kernel.Tile(128, 8), search_kernel.Tile(256, 8),
+    search_kernel.Tile(128, 8), search_kernel.Tile(256, 8), search_kernel.Tile(64, 4, 3),
+    search_kernel.Tile(128, 4, 2),
 ]  # fmt: skip
 
 

@@ -38,6 +38,8 @@ class Tile:
 
 # By padded head dimension; large tiles of scores (many queries) or of keys take half as many keys.
 TILES = {64: Tile(128, 4), 128: Tile(128, 4), 256: Tile(64, 4)}
+# The same for the first scores, where addresses are computed, not loaded.
+OPENING = {64: Tile(64, 4, 3), 128: Tile(64, 4, 3), 256: Tile(32, 4, 2)}
 
 LARGEST = tl.constexpr(3.4028234663852886e38)
 LOWEST_BITS = tl.constexpr(-2147483648)
@@ -329,7 +331,7 @@ def tree_search(
         BT = max(16, block_k, min(triton.next_power_of_2(keep * block_k), tile.keys))
         return {"BT": BT, "num_warps": tile.warps, "num_stages": tile.stages}
 
-    opening = cut(opening or preferred(q, BD, together * rows))
+    opening = cut(opening or preferred(q, BD, together * rows, OPENING))
     search = cut(tile or preferred(q, BD, max(16, rows)))
     for start in range(0, M, step):
         here = min(step, M - start)
@@ -344,7 +346,7 @@ def tree_search(
     return out
 
 
-def preferred(q: Tensor, BD: int, BQ: int) -> Tile:
+def preferred(q: Tensor, BD: int, BQ: int, table: dict[int, Tile] = TILES) -> Tile:
     """The tile for these queries, of which BQ score together."""
-    tile = TILES[max(BD, 64)]
+    tile = table[max(BD, 64)]
     return replace(tile, keys=tile.keys // 2) if q.dtype == torch.float32 or BQ > 64 else tile
