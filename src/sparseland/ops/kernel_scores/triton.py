@@ -156,8 +156,10 @@ def _score_walk(
                     b_s = tl.minimum(b_s, LARGEST, propagate_nan=tl.PropagateNan.ALL)
                 b_r += tl.exp2(b_s)
         else:
+            p_head = p_q
             for i_g in range(0, G):
-                b_q = tl.load(p_q + i_g * stride_qh, mask=row[:, None] & (i_d < D)[None, :], other=0.0)
+                b_q = tl.load(p_head, mask=row[:, None] & (i_d < D)[None, :], other=0.0)
+                p_head += stride_qh
                 b_lse = tl.load(p_lse + i_g * Nq, mask=row, other=0.0)
                 b_s = tl.dot(b_q, b_c, input_precision="ieee") * scale_log2 - b_lse[:, None]
                 if CLAMP:
@@ -214,9 +216,11 @@ def _score_kernel(
     end = (last + PER * STRIDE - 1) // (PER * STRIDE) * PER
     b_qs = ()
     b_lses = ()
+    p_head = p_q
     if HOLD:
         for i_g in tl.static_range(G):
-            b_qs = b_qs + (tl.load(p_q + i_g * stride_qh, mask=inside, other=0.0),)  # noqa: RUF005
+            b_qs = b_qs + (tl.load(p_head, mask=inside, other=0.0),)  # noqa: RUF005
+            p_head += stride_qh
             b_lses = b_lses + (tl.load(p_lse + i_g * Nq, mask=row, other=0.0),)  # noqa: RUF005
     b_before = tl.zeros([BT, BN // PER], scores.dtype.element_ty)
     b_before = _score_walk(
