@@ -69,7 +69,8 @@ class ScoreHead(nn.Module):
         """What keys are ranked by, in float32 whatever the values' type."""
         with torch.autocast(v.device.type, enabled=False):
             weight = torch.unflatten(self.dt_proj.weight.float(), 1, (v.shape[1], v.shape[3]))
-            z = torch.einsum("bhnd,ohd->bon", v.float(), weight)
+            # Head by head, so that the values stay where they are: joining them first copies them.
+            z = (v.float() @ weight.permute(1, 2, 0)).sum(1).mT
             return self.A.float()[:, None] * F.softplus(z)
 
     def bias(self, scores: Float[Tensor, "B Hkv N"]) -> Float[Tensor, "B Hkv N"]:

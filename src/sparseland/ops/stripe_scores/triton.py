@@ -202,9 +202,10 @@ def _fill(
     passed += (i_bh * piece + i_local) * width
     least = 1
     total = _total(passed, start, least, CHUNK)
-    while (total > limit) & (least < N_LEVELS):
-        least += 1
-        total = _total(passed, start, least, CHUNK)
+    for level in tl.static_range(2, N_LEVELS + 1):
+        if total > limit:
+            least = level
+            total = _total(passed, start, level, CHUNK)
     i_list = i_bh * groups + i_group
     tl.store(counts + i_list, tl.minimum(total, limit))
     indices += i_list * limit
