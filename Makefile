@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: frontier test test-slow lint format types check gpu-test bench docs clean
+.PHONY: frontier test test-slow lint format types check gpu-test gpu-memcheck bench docs clean
 
 frontier: $(STAMP)  ## the main job on the embedded model and the default text
 	$(BIN)/sparseland frontier
@@ -29,7 +29,11 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 gpu-test:  ## on a machine with a CUDA device and the package's dependencies: kernels against references
-	PYTHONPATH=src $(PYTHON) -m pytest -q -m "not slow" tests/ops tests/attention tests/test_apply.py
+	PYTHONPATH=src $(PYTHON) -m pytest -q -m "not slow" tests/ops tests/attention tests/test_apply.py tests/test_gpu_devices.py
+
+gpu-memcheck:  ## there, too: no kernel reads or writes outside its tensors (needs NVIDIA's compute-sanitizer)
+	PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+		$(PYTHON) -m pytest -q -k first tests/test_gpu_devices.py
 
 bench: $(STAMP)  ## CPU numbers of this machine into benchmarks/results
 	$(BIN)/python benchmarks/cpu_ops.py --out benchmarks/results/cpu_ops.json

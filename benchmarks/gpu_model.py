@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from inputs import load_inputs, text
 from torch import Tensor, nn
 
@@ -32,7 +33,7 @@ from sparseland.attention.flexprefill import FlexPrefill
 from sparseland.machine import circumstances
 from sparseland.method import AttentionInputs, Calibration
 from sparseland.models.surgery import decoder_of
-from sparseland.patterns import BlockPattern, Pattern
+from sparseland.patterns import BlockPattern, Pattern, PiecedPattern
 
 MLP_PIECE = 65_536
 SHAPES: dict[str, dict[str, Any]] = {
@@ -59,13 +60,33 @@ class Recorded(FlexPrefill):
 RECORDED: dict[int, Pattern] = {}
 
 
-def record(length: int, heads: int, method: FlexPrefill) -> float:
-    """Select on real inputs of this length; returns the density."""
+def selected(length: int, method: FlexPrefill) -> BlockPattern:
+    """What the method selects on real inputs of this length, 32 heads."""
+    # Reading a million tokens densely takes minutes: the first half of the layers then.
+    layers = (1, 15, 28) if length <= 524_288 else (1, 8, 15)
     with torch.no_grad():
-        x = load_inputs(length, "llama-8b", (1, 15, 28))[0]
+        x = load_inputs(length, "llama-8b", layers)[0]
         found = method.pattern(x)
+        if isinstance(found, PiecedPattern):
+            found = joined(found)
     assert isinstance(found, BlockPattern)
-    own = torch.arange(heads, device=x.q.device)
+    return found
+
+
+def joined(pieces: PiecedPattern) -> BlockPattern:
+    """Lists made in pieces as one."""
+    parts = [part for _, part in pieces.pieces()]
+    assert all(isinstance(p, BlockPattern) for p in parts)
+    longest = max(int(p.counts.max()) for p in parts)
+    cut = [p.indices[..., :longest] for p in parts]
+    indices = torch.cat([F.pad(i, (0, longest - i.shape[-1])) for i in cut], 2)
+    counts = torch.cat([p.counts for p in parts], 2)
+    return BlockPattern(pieces.n_queries, pieces.n_keys, parts[0].block_size, counts, indices)
+
+
+def record(found: BlockPattern, heads: int) -> None:
+    """Keep a pattern for models with that many heads."""
+    length, own = found.n_queries, torch.arange(heads, device=found.counts.device)
     if heads != 32:  # 4 key heads with 7 query heads each
         own = (own // 7) * 8 + own % 7
     longest = int(found.counts[:, own].max())
@@ -73,7 +94,6 @@ def record(length: int, heads: int, method: FlexPrefill) -> float:
         found.n_queries, found.n_keys, found.block_size,
         found.counts[:, own].contiguous(), found.indices[:, own, :, :longest].contiguous(),
     )  # fmt: skip
-    return float(RECORDED[length].density().mean())
 
 
 @contextmanager
@@ -194,20 +214,30 @@ def main() -> None:
                 ids = tokenize(loaded.tokenizer, text(n))[None, :n].cuda()
                 method = FlexPrefill(gamma=options.gamma)
                 add(lambda m=loaded.model, i=ids, p=method: compare("smollm2", m, i, p, 2))
-            continue
-        for n in lengths:
+    for n in lengths:
+        found = None
+        for name in (m for m in options.models.split(",") if m != "smollm2"):
+            if n > 524_288 and name == "llama-8b":
+                continue  # its cache and queries would not fit
 
-            def run(n: int = n, name: str = name) -> dict[str, Any]:
-                record(n, SHAPES[name]["num_attention_heads"], FlexPrefill(gamma=options.gamma))
-                torch.cuda.empty_cache()
+            def run(n: int = n, name: str = name, found: BlockPattern | None = found) -> dict[str, Any]:
+                assert found is not None
+                record(found, SHAPES[name]["num_attention_heads"])
                 model = shaped(name, options.layers, n)
                 for layer in decoder_of(model).layers:
                     in_pieces(layer.mlp)
                 ids = torch.randint(1000, (1, n), device="cuda")
                 return compare(name, model, ids, Recorded(gamma=options.gamma), 1 if n <= 131_072 else 0)
 
-            add(run)
+            try:
+                found = selected(n, FlexPrefill(gamma=options.gamma)) if found is None else found
+            except Exception as problem:
+                print(f"no pattern of {n} tokens: {problem}", flush=True)
+                break
+            torch.cuda.empty_cache()
+            add(lambda r=run, f=found: r(found=f))
             RECORDED.clear()
+        del found
 
 
 if __name__ == "__main__":

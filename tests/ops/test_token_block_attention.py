@@ -165,7 +165,7 @@ if DEVICE == "cuda":  # elsewhere there is nothing to collect
             for n_queries, n_keys in ((900, 900), (300, 1111)):
                 heads = (2 * group, 2)
                 case = Case(
-                    1, *heads, 2, n_queries, n_keys, D, block_size, 2, tile_for(group), 0.3, dtype=dtype
+                    1, *heads, 2, n_queries, n_keys, D, block_size, 2, tile_for(group, D), 0.3, dtype=dtype
                 )
                 q, k, v, pattern = inputs(case)
                 expected, expected_lse = oracle(q, k, v, pattern.mask(), D**-0.5)
@@ -337,7 +337,8 @@ def test_refusals() -> None:
 
 
 def test_a_tile_fills_the_rows_of_a_program() -> None:
-    assert [tile_for(group) for group in (1, 3, 4, 8, 16, 200)] == [32, 32, 32, 16, 8, 1]
+    assert [tile_for(group, 128) for group in (1, 3, 4, 8, 16, 200)] == [32, 32, 32, 16, 8, 1]
+    assert [tile_for(group, 64) for group in (1, 3, 4, 8, 16, 200)] == [32, 21, 16, 8, 4, 1]
 
 
 def test_dense_window_needs_no_lists() -> None:

@@ -140,10 +140,9 @@ class FlexPrefill(PrefillMethod):
         def lists(start: int, stop: int) -> BlockPattern:
             seen = x.offset + stop
             blocks = vertical[..., : cdiv(seen, size)]
+            weights, threshold = (None, None) if awareness is None else awareness.chosen(start, stop)
             counts, indices = block_lists(
-                stop - start, seen, size, columns=blocks, bands=bands,
-                weights=None if awareness is None else awareness.weights(start, stop),
-                threshold=None if awareness is None else awareness.threshold,
+                stop - start, seen, size, columns=blocks, bands=bands, weights=weights, threshold=threshold,
                 active=None if awareness is None else trusted,
             )  # fmt: skip
             return BlockPattern(stop - start, seen, size, counts, indices)
@@ -186,9 +185,7 @@ class QueryAware:
             weights = self._map(some) if self.map is None else self.map
             # In a head with a NaN, or that never reaches the mass, the threshold is 0: all blocks.
             thresholds.append(covering(weights.flatten(-2), mass, trusted[:, some])[0])
-        # Weights that are computed again may round otherwise: the block that crosses must not be lost.
-        whole = self.map is not None
-        self.threshold = thresholds[0] if whole else torch.cat(thresholds, 1) * (1 - 1e-6)
+        self.threshold = torch.cat(thresholds, 1)
 
     def _map(self, heads: slice) -> Float[Tensor, "B h Mq Mk"]:
         own = slice(heads.start // self.x.group, cdiv(heads.stop, self.x.group))
@@ -201,13 +198,15 @@ class QueryAware:
         sizes = (n_queries, n_keys, self.size)
         return pooled_map(queries, keys, *sizes, self.x.scale, normalise=True, active=active)
 
-    def weights(self, start: int, stop: int) -> Float[Tensor, "B H m n"]:
-        """The map's rows of the queries [start, stop), up to the keys that they can see."""
+    def chosen(self, start: int, stop: int) -> tuple[Float[Tensor, "B H m n"], Float[Tensor, "B H"]]:
+        """The map's rows of the queries [start, stop), up to the keys that they see, and what they need."""
         if self.map is not None and stop - start == self.x.q.shape[2]:
-            return self.map
+            return self.map, self.threshold
         rows, seen = slice(start // self.size, cdiv(stop, self.size)), self.x.offset + stop
         keys = self.keys[:, :, : cdiv(seen, self.size)]
-        return self._weigh(self.queries[:, :, rows], keys, self.trusted, stop - start, seen)
+        weights = self._weigh(self.queries[:, :, rows], keys, self.trusted, stop - start, seen)
+        # Weights that are computed again may round otherwise: the block that crosses must not be lost.
+        return weights, self.threshold * (1 - 1e-6)
 
 
 def covering_blocks(scores: Float[Tensor, "*batch n"], mass: float, block_size: int) -> Int[Tensor, "*batch"]:

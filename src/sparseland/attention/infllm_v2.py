@@ -160,7 +160,7 @@ class InfLLMV2(PrefillMethod, SelectMethod):
         if self._reads_all(n_keys):
             return WindowPattern.dense(n_queries, n_keys)
         windows = compress_keys(x.k, self.kernel, self.stride)
-        tile = tile_for(x.group)
+        tile = tile_for(x.group, x.q.shape[3])
         lists = select_blocks(
             x.q, windows, n_keys, kernel=self.kernel, stride=self.stride, block_size=self.block_size,
             window=self._near, init=self.init, topk=self.topk, dense_len=self.dense_len, tile=tile,

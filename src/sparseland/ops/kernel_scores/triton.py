@@ -52,7 +52,7 @@ class Cut(NamedTuple):
 
 # By padded head dimension; the queries of larger groups than fit are loaded again for each tile of windows.
 SCORE = {64: Cut(64, 64, 4, 3), 128: Cut(64, 64, 4, 2), 256: Cut(64, 64, 4, 2, False)}
-LSE = {64: Cut(128, 128, 8, 3), 128: Cut(128, 64, 8, 3), 256: Cut(64, 64, 4, 2)}
+LSE = {64: Cut(128, 64, 4, 3), 128: Cut(128, 64, 8, 3), 256: Cut(64, 64, 4, 2)}
 FULL_PRECISION = Cut(32, 32, 4, 1, False)
 _HELD_QUERIES = 128 << 10
 # Columns of a row of scores that one warp of the list kernel holds.

@@ -30,13 +30,15 @@ from sparseland.patterns import TokenBlockPattern, cdiv
 __all__ = ["tile_for", "token_block_attention"]
 
 _OP = "token_block_attention"
-# Query rows (tokens x heads of a group) that one program of the kernels works on.
-ROWS = 128
 
 
-def tile_for(group: int) -> int:
-    """Tokens per list with which a group of ``group`` query heads fills the kernels' tiles best."""
-    return max(1, min(32, ROWS // group))
+def tile_for(group: int, dim: int = 128) -> int:
+    """Tokens per list with which groups of ``group`` query heads of size ``dim`` fill the kernels' tiles best.
+
+    A program works on 128 rows (tokens x heads of a group), or 64 of small heads: fewer tokens list fewer
+    blocks together.
+    """
+    return max(1, min(32, (64 if dim <= 64 else 128) // group))
 
 
 def _why_not_triton(q: Tensor, block_size: int) -> str | None:

@@ -39,7 +39,7 @@ UNSPECIALIZED = (
 cut = partial(Tile, 16)
 # Preferred first; the first that fits the device's shared memory is used. Keys: padded head dimension.
 FORWARD = {
-    64: (cut(64, 4, 3), cut(64, 8, 2), cut(32, 4, 2), cut(16, 4, 1)),
+    64: (cut(64, 4, 2), cut(64, 8, 2), cut(32, 4, 2), cut(16, 4, 1)),
     128: (cut(64, 8, 3), cut(64, 8, 2), cut(32, 8, 2), cut(16, 4, 1)),
     256: (cut(32, 8, 2), cut(32, 8, 1), cut(16, 8, 1)),
 }
