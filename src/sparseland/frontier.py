@@ -46,7 +46,7 @@ SCREEN_ABOVE = 8
 # A default run takes the last settings of each grid: the likeliest to stay within a small tolerance.
 DEFAULT_SETTINGS = 2
 SCREEN_TOKENS = 24
-SURVIVORS: dict[Role, int] = {"prefill": 4, "select": 2, "store": 2, "linear": 1}
+SURVIVORS: dict[Role, int] = {"prefill": 4, "select": 1, "store": 1, "linear": 1}
 # Pictures of where methods spend their pairs: so many methods, besides the chosen recipe's.
 MAPPED_METHODS = 3
 
