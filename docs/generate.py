@@ -182,7 +182,9 @@ def _which_gpu() -> list[dict[str, Any]]:
                 "dense": rows[0]["dense"], "dense_ms": number(rows[0]["dense_ms"]),
                 "rows": [
                     {
-                        "method": r["method"], "density": r.get("density"), "recall": r.get("recall"),
+                        "method": r["method"] + _trained(r.get("slug")), "density": r.get("density"),
+                        # A method that also biases the logits keeps no share of dense's mass.
+                        "recall": r["recall"] if r.get("recall", 2) <= 1.001 else None,
                         "error": r.get("error"), "select_ms": r.get("select_ms"),
                         "attend_ms": r.get("attend_ms"), "whole_ms": r["whole_ms"],
                         "speedup": r["dense_ms"] / r["whole_ms"],
@@ -192,6 +194,11 @@ def _which_gpu() -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return parts
+
+
+def _trained(slug: str | None) -> str:
+    """A mark for methods that are nothing without training."""
+    return " †" if slug and method_class(slug).card.training == "training" else ""
 
 
 # ------------------------------------------------------------------- methods

@@ -37,14 +37,18 @@ SCHEMA = 1
 CALIBRATION_TOKENS = 2048
 TASK_NAMES = ("needle",)
 TASK_SAMPLES = 4
+TASK_RECIPES = 1  # besides dense
 MAP_BINS = 64
 LONGEST_MAP = 8192
 REPEATS = 2
-# Screening: with more candidates than this, each is first tried on one prompt of the longest length (and
-# this many decoded tokens, if it acts on them); per role the best of different methods go on.
+# Screening: with more candidates than this, each is first tried on one prompt of the shortest length, where
+# least can be left out (and this many decoded tokens, if it acts on them); per role the best of different
+# methods go on.
 SCREEN_ABOVE = 8
-# A default run takes the last settings of each grid: the likeliest to stay within a small tolerance.
+# A default run takes the last settings of each grid: the likeliest to stay within a small tolerance. Where
+# calibration takes minutes on a CPU, only the last.
 DEFAULT_SETTINGS = 2
+SLOW_SETTINGS = 1
 SCREEN_TOKENS = 24
 SURVIVORS: dict[Role, int] = {"prefill": 4, "select": 1, "store": 1, "linear": 1}
 # Pictures of where methods spend their pairs: so many methods, besides the chosen recipe's.
@@ -130,7 +134,8 @@ def _candidates(options: FrontierOptions) -> list[Method]:
             chosen.append(parse_spec(spec))
         elif not method_class(spec).card.control:
             grid = method_class(spec).grid(longest)
-            chosen.extend(grid if options.methods else grid[-DEFAULT_SETTINGS:])
+            few = SLOW_SETTINGS if method_class(spec).calibrates_slowly else DEFAULT_SETTINGS
+            chosen.extend(grid if options.methods else grid[-few:])
         elif options.methods and spec != "dense":
             chosen.append(parse_spec(spec))
     return chosen
@@ -173,8 +178,8 @@ class _Job:
         # Work is counted in tokens: about two dense-equivalents of tasks, controls and compositions each.
         screened = len(candidates) > SCREEN_ABOVE
         kept = min(len(candidates), sum(SURVIVORS.values())) if screened else len(candidates)
-        self._total = (kept + 12 + 3 * TASK_SAMPLES) * sum(self.lengths)
-        self._total += 0.6 * len(candidates) * self.lengths[-1] if screened else 0
+        self._total = (kept + 12 + (1 + TASK_RECIPES) * TASK_SAMPLES) * sum(self.lengths)
+        self._total += len(candidates) * self.lengths[0] if screened else 0
         self.log.add(self._run_row())
         before = {n: self._measure_dense(n) for n in self.lengths}
         survivors = self._screen(candidates) if screened else candidates
@@ -190,7 +195,7 @@ class _Job:
             )
         choice = self.judge.choose()
         self._inspect(survivors)
-        self._tasks([[], *self.judge.finalists()])
+        self._tasks([[], *self.judge.finalists()[:TASK_RECIPES]])
         self._maps([parse_spec(s) for s in choice["recipe"]], survivors)
         recipe = self._recipe(choice)
         recipe.save(self.options.out / "recipe.json")
@@ -219,14 +224,15 @@ class _Job:
         return run_window(self.model, self._window(length), length, REPEATS).prefill_s
 
     def _screen(self, candidates: Sequence[Method]) -> list[Method]:
-        """Try every candidate shortly at the longest length; per role the best of different methods go on.
+        """Try every candidate shortly at the shortest length; per role the best of different methods go on.
 
-        Those within the tolerance come first, the fastest in front; then the others by their loss.
+        Those within the tolerance come first, the fastest in front; then the others by their loss. What
+        exceeds the tolerance on a short prompt could not be chosen, whatever it does on longer ones.
         """
-        length = self.lengths[-1]
+        length = self.lengths[0]
         best: dict[Role, list[tuple[bool, float, Method]]] = {role: [] for role in SURVIVORS}
         for method in candidates:
-            self._tick(f"screening {method.spec}", 0.6 * length)
+            self._tick(f"screening {method.spec}", length)
             self._measure_one([method], "method", length, stage="screen")
             rows = self._measurements(recipe=[method.spec], length=length, stage="screen", status="ok")
             if rows:
@@ -386,7 +392,7 @@ class _Job:
     # --------------------------------------------------- tasks and maps
 
     def _tasks(self, recipes: Sequence[Sequence[str]]) -> None:
-        """Needles, for dense and the finalists, at every length."""
+        """Needles, for dense and these recipes, at every length."""
         for name in TASK_NAMES:
             for length in self.lengths:
                 samples = TASKS[name](

@@ -191,6 +191,8 @@ class Method:
     card: ClassVar[Card]
     # Why a default run of ``frontier`` does not measure it (it does if the method is named), or None.
     left_out: ClassVar[str | None] = None
+    # Calibration takes minutes on a CPU: a default run of the frontier tries one setting only.
+    calibrates_slowly: ClassVar[bool] = False
     # Reads queries or keys before RoPE: apply() finds the model's rotary embedding and proves that it can be
     # undone, or refuses the model; it comes as AttentionInputs.rope.
     needs_rope: ClassVar[bool] = False

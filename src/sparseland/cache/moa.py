@@ -37,6 +37,7 @@ __all__ = ["MoA", "Rule", "load_plan", "save_plan"]
 class MoA(PrefillMethod, StoreMethod):
     """Sinks and a window per key head, sized by an elastic rule; the cache holds no more than that."""
 
+    calibrates_slowly: ClassVar[bool] = True
     card: ClassVar[Card] = Card(
         slug="moa",
         title="MoA: Mixture of Sparse Attention for Automatic Large Language Model Compression",
