@@ -7,8 +7,8 @@ from pathlib import Path
 from sparseland.recipe import write_atomically
 
 SHOWN = (
-    "label", "role", "length", "status", "density", "decode_density", "loss", "dense_loss", "decode_loss",
-    "dense_decode_loss", "kl", "top1", "prefill_s", "dense_prefill_s", "decode_ms", "dense_decode_ms",
+    "label", "role", "stage", "length", "status", "density", "decode_density", "loss", "dense_loss",
+    "decode_loss", "dense_decode_loss", "kl", "top1", "prefill_s", "dense_prefill_s", "decode_ms", "dense_decode_ms",
     "cache_bytes", "dense_cache_bytes", "reason",
 )  # fmt: skip
 

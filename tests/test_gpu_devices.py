@@ -1,6 +1,6 @@
 """Every method's kernels on a GPU, and on another than the current one.
 
-Under ``compute-sanitizer`` (``make gpu-memcheck``) the first half is the check of the kernels' memory accesses.
+Under ``compute-sanitizer`` (``make gpu-memcheck``) the first half checks the kernels' memory accesses.
 """
 
 from dataclasses import replace

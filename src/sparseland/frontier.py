@@ -50,7 +50,7 @@ SCREEN_ABOVE = 8
 DEFAULT_SETTINGS = 2
 SLOW_SETTINGS = 1
 SCREEN_TOKENS = 24
-SURVIVORS: dict[Role, int] = {"prefill": 4, "select": 1, "store": 1, "linear": 1}
+SURVIVORS: dict[Role, int] = {"prefill": 3, "select": 1, "store": 1, "linear": 1}
 # Pictures of where methods spend their pairs: so many methods, besides the chosen recipe's.
 MAPPED_METHODS = 3
 

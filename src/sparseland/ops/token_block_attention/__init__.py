@@ -33,7 +33,7 @@ _OP = "token_block_attention"
 
 
 def tile_for(group: int, dim: int = 128) -> int:
-    """Tokens per list with which groups of ``group`` query heads of size ``dim`` fill the kernels' tiles best.
+    """Tokens per list with which groups of ``group`` query heads of ``dim`` fill the kernels' tiles best.
 
     A program works on 128 rows (tokens x heads of a group), or 64 of small heads: fewer tokens list fewer
     blocks together.
