@@ -8,8 +8,8 @@ from sparseland.recipe import write_atomically
 
 SHOWN = (
     "label", "role", "stage", "length", "status", "density", "decode_density", "loss", "dense_loss",
-    "decode_loss", "dense_decode_loss", "kl", "top1", "prefill_s", "dense_prefill_s", "decode_ms", "dense_decode_ms",
-    "cache_bytes", "dense_cache_bytes", "reason",
+    "decode_loss", "dense_decode_loss", "kl", "top1", "prefill_s", "dense_prefill_s",
+    "decode_ms", "dense_decode_ms", "cache_bytes", "dense_cache_bytes", "reason",
 )  # fmt: skip
 
 parser = argparse.ArgumentParser(description=__doc__)
