@@ -154,7 +154,7 @@ def first_token(model: nn.Module, ids: Tensor, repeats: int) -> tuple[float, flo
     base = torch.cuda.memory_allocated()
     times = []
     for turn in range(repeats + 1):
-        if turn == 1 or repeats == 0:
+        if turn == 1:
             torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -162,7 +162,7 @@ def first_token(model: nn.Module, ids: Tensor, repeats: int) -> tuple[float, flo
         out.logits[0, -1].argmax().item()
         times.append(time.perf_counter() - start)
         del out
-    return min(times[1:] or times), (torch.cuda.max_memory_allocated() - base) / 1e9
+    return min(times[1:]), (torch.cuda.max_memory_allocated() - base) / 1e9
 
 
 def compare(name: str, model: nn.Module, ids: Tensor, method: FlexPrefill, repeats: int) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def main() -> None:
                 for layer in decoder_of(model).layers:
                     in_pieces(layer.mlp)
                 ids = torch.randint(1000, (1, n), device="cuda")
-                return compare(name, model, ids, Recorded(gamma=options.gamma), 1 if n <= 131_072 else 0)
+                return compare(name, model, ids, Recorded(gamma=options.gamma), 1)
 
             try:
                 found = selected(n, FlexPrefill(gamma=options.gamma)) if found is None else found
