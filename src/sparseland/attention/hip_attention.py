@@ -138,14 +138,14 @@ class HipAttention(PrefillMethod, SelectMethod):
 
     @classmethod
     def grid(cls, length: int) -> list[Self]:
-        """The search alone, with neither dense queries nor dense layers: 1/16, 1/8 and 1/4 of the keys.
+        """The search alone, with neither dense queries nor dense layers: 1/32 to 1/4 of the keys.
 
         Dense layers bought no more quality than the pairs they cost on a small model.
         """
         window = max(64, length // 32)
         return [
             cls(k=max(64, length // part // 64 * 64), window=window, dense_layers=0, dense_queries=0)
-            for part in (16, 8, 4)
+            for part in (32, 16, 8, 4)
         ]
 
     @classmethod

@@ -160,10 +160,13 @@ def _peak(
     ``absent``: queries that the last query block lacks.
     """
     largest = torch.finfo(torch.float32).max
-    products.nan_to_num_(-largest, largest, -largest)
     if absent is not None:
         products[:, :, -1].masked_fill_(absent[:, None], -largest)
-    return products.amax(-2)
+    peak = products.amax(-2)
+    # One NaN hides the others of its key: only then all products are looked at once more.
+    if peak.device.type != "cpu" or bool(peak.isnan().any()):
+        peak = products.nan_to_num_(-largest, largest, -largest).amax(-2)
+    return peak.clamp_(-largest, largest)
 
 
 def _best(scores: Float[Tensor, "*B n"], keep: int) -> Int[Tensor, "*B keep"]:
