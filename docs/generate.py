@@ -110,7 +110,7 @@ def _which_cpu() -> dict[str, Any] | None:
         return None
     data = read(path)
     rows = sorted(data["rows"], key=lambda r: -r["speedup"])
-    best, slower = rows[0], [r["slug"] for r in rows if r["speedup"] < 1]
+    best, slower = rows[0], [f"`{r['recipe']}`" for r in rows if r["speedup"] < 1]
     verdict = f"The fastest, `{best['recipe']}`, takes {best['speedup']:.2f}× less time than dense."
     if slower:
         verdict += f" Slower than dense: {', '.join(slower)}."
