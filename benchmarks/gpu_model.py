@@ -214,14 +214,18 @@ def main() -> None:
                 ids = tokenize(loaded.tokenizer, text(n))[None, :n].cuda()
                 method = FlexPrefill(gamma=options.gamma)
                 add(lambda m=loaded.model, i=ids, p=method: compare("smollm2", m, i, p, 2))
-    for n in lengths:
-        found = None
-        for name in (m for m in options.models.split(",") if m != "smollm2"):
+    names = [name for name in options.models.split(",") if name != "smollm2"]
+    for n in lengths if names else []:
+        try:
+            found = selected(n, FlexPrefill(gamma=options.gamma))
+        except Exception as problem:
+            print(f"no pattern of {n} tokens: {problem}", flush=True)
+            continue
+        for name in names:
             if n > 524_288 and name == "llama-8b":
                 continue  # its cache and queries would not fit
 
-            def run(n: int = n, name: str = name, found: BlockPattern | None = found) -> dict[str, Any]:
-                assert found is not None
+            def run(n: int = n, name: str = name, found: BlockPattern = found) -> dict[str, Any]:
                 record(found, SHAPES[name]["num_attention_heads"])
                 model = shaped(name, options.layers, n)
                 for layer in decoder_of(model).layers:
@@ -229,15 +233,9 @@ def main() -> None:
                 ids = torch.randint(1000, (1, n), device="cuda")
                 return compare(name, model, ids, Recorded(gamma=options.gamma), 1)
 
-            try:
-                found = selected(n, FlexPrefill(gamma=options.gamma)) if found is None else found
-            except Exception as problem:
-                print(f"no pattern of {n} tokens: {problem}", flush=True)
-                break
             torch.cuda.empty_cache()
-            add(lambda r=run, f=found: r(found=f))
+            add(run)
             RECORDED.clear()
-        del found
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def pattern_of(method, x):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         learner = method.new_learner(shape)
+    learner = None if learner is None else learner.to(x.q.device)
     return method.pattern(replace(x, n_layers=6, learner=learner))
 
 

@@ -9,32 +9,18 @@ import pytest
 import torch
 
 import sparseland as sl
-from sparseland.method import AttentionInputs, LayerShape, method_slugs
+from sparseland.method import method_slugs
 from sparseland.models.tiny import tiny_model
 from sparseland.ops.attend import attend
-from test_contract import PREFILL, inputs, sparse_setting
+from test_contract import PREFILL, inputs, pattern_of, sparse_setting
 
 pytestmark = pytest.mark.gpu
 N = 1111  # no multiple of any block
 
 
-def on(device, x):
-    return replace(x, q=x.q.to(device), k=x.k.to(device), v=x.v.to(device))
-
-
 def prompt(dim, device):
     x = inputs(N, N, heads=(4, 2), dim=dim, dtype=torch.bfloat16)
-    return on(device, AttentionInputs(x.q, x.k, x.v, x.scale, x.layer))
-
-
-def pattern_on(method, x):
-    """``pattern_of`` with the method's own parameters where the inputs are."""
-    shape = LayerShape(x.layer, 6, x.q.shape[1], x.k.shape[1], x.q.shape[3])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        learner = method.new_learner(shape)
-    learner = None if learner is None else learner.to(x.q.device)
-    return method.pattern(replace(x, n_layers=6, learner=learner))
+    return replace(x, q=x.q.to(device), k=x.k.to(device), v=x.v.to(device))
 
 
 def logits(slug, device):
@@ -63,7 +49,7 @@ def device(request):
 @pytest.mark.parametrize("slug", PREFILL)
 def test_prompts(slug, dim, device, monkeypatch):
     x = prompt(dim, device)
-    pattern = pattern_on(sparse_setting(slug), x)
+    pattern = pattern_of(sparse_setting(slug), x)
     q, k, v = (t.clone().requires_grad_() for t in (x.q, x.k, x.v))
     out = attend(q, k, v, pattern, scale=x.scale)
     out.float().square().sum().backward()

@@ -27,6 +27,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from sparseland.ops.kernel_scores.reference import LARGEST
+from sparseland.ops.token_block_attention.triton import load_keys
 from sparseland.patterns import cdiv
 
 _LOG2E = 1.4426950408889634
@@ -60,19 +61,6 @@ LIST_COLUMNS = 2048
 
 
 @triton.jit
-def _tile(x, i_n, stride, N, i_d, D: tl.constexpr, BD: tl.constexpr, EDGE: tl.constexpr):
-    """Rows of one head, [BN, BD]; EDGE: some may lie behind the last (0)."""
-    p_x = x + i_n.to(tl.int64)[:, None] * stride + i_d[None, :]
-    if EDGE:
-        b_x = tl.load(p_x, mask=(i_n < N)[:, None] & (i_d < D)[None, :], other=0.0)
-    elif D == BD:
-        b_x = tl.load(p_x)
-    else:
-        b_x = tl.load(p_x, mask=(i_d < D)[None, :], other=0.0)
-    return b_x
-
-
-@triton.jit
 def _lse_walk(
     b_m, b_l, b_q, c, stride_cn, Nc, b_seen, begin, end, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
@@ -81,7 +69,7 @@ def _lse_walk(
     i_d = tl.arange(0, BD)
     for n0 in range(begin, end, BN):
         i_c = n0 + tl.arange(0, BN)
-        b_c = _tile(c, i_c, stride_cn, Nc, i_d, D, BD, EDGE)
+        b_c = load_keys(c, i_c, stride_cn, Nc, i_d, D, BD, EDGE)
         b_s = tl.dot(b_q, tl.trans(b_c), input_precision="ieee")
         if EDGE:
             b_s = tl.where(i_c[None, :] < b_seen[:, None], b_s, float("-inf"))
@@ -107,7 +95,7 @@ def _lse_kernel(
     i_q = i_t * BT + tl.arange(0, BT)
     i_d = tl.arange(0, BD)
     q += i_b * stride_qb + i_h * stride_qh
-    b_q = _tile(q, i_q, stride_qn, Nq, i_d, D, BD, True)
+    b_q = load_keys(q, i_q, stride_qn, Nq, i_d, D, BD, True)
     c += i_b * stride_cb + (i_h // G) * stride_ch
     b_seen = tl.maximum(i_q + offset + 1 - KERNEL + STRIDE, 0) // STRIDE
     last = tl.minimum(i_t * BT + BT, Nq) + offset
@@ -147,7 +135,7 @@ def _score_walk(
         i_per = tl.arange(0, PER)[None, :, None]
     for n0 in range(begin, end, BN):
         i_c = n0 + i_window
-        b_c = tl.trans(_tile(c, i_c, stride_cn, Nc, i_d, D, BD, EDGE))
+        b_c = tl.trans(load_keys(c, i_c, stride_cn, Nc, i_d, D, BD, EDGE))
         b_r = tl.zeros([BT, BN], tl.float32)
         if HOLD:
             for i_g in tl.static_range(G):
