@@ -20,6 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from sparseland.ops._rows import rows_from
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -63,33 +65,11 @@ def next_tile(indices, step, steps, SUB: tl.constexpr, BS: tl.constexpr, ROWS: t
 
 @triton.jit
 def rows_of(x, base, stride, N, D: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr, ROWS: tl.constexpr):
-    """What ``load_rows`` reads from: the pointer, or a tensor descriptor of [N, D]."""
+    """What ``rows_from`` reads from: the pointer, or a tensor descriptor of [N, D]."""
     x += base
     if TMA:
         x = tl.make_tensor_descriptor(x, [N, D], [stride, 1], [ROWS, BD])
     return x
-
-
-@triton.jit
-def load_rows(
-    x, n0, stride, N, D: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr, ROWS: tl.constexpr,
-    PAST: tl.constexpr,
-):  # fmt: skip
-    """Rows [n0, n0 + ROWS) of one head as a [ROWS, BD] tile; PAST: some may lie behind the last (0)."""
-    if TMA:
-        b_x = x.load([n0, 0])
-    else:
-        i_n = tl.arange(0, ROWS)
-        i_d = tl.arange(0, BD)
-        # 64 bits: a cache that interleaves heads can pass 2^31 elements within one head.
-        p_x = x + n0.to(tl.int64) * stride + i_n[:, None] * stride + i_d[None, :]
-        if PAST:
-            b_x = tl.load(p_x, mask=(n0 + i_n < N)[:, None] & (i_d < D)[None, :], other=0.0)
-        elif D == BD:
-            b_x = tl.load(p_x)
-        else:
-            b_x = tl.load(p_x, mask=(i_d < D)[None, :], other=0.0)
-    return b_x
 
 
 @triton.jit
@@ -103,8 +83,8 @@ def _attend(
     i_n = tl.arange(0, BN)
     n0 = next_tile(indices, start, stop, SUB, BS, BN)
     for step in range(start, stop):
-        b_k = load_rows(k, n0, stride_kn, Nk, D, BD, TMA, BN, MASKED)
-        b_v = load_rows(v, n0, stride_vn, Nk, D, BD, TMA, BN, MASKED)
+        b_k = rows_from(k, n0, stride_kn, Nk, D, BD, TMA, BN, MASKED)
+        b_v = rows_from(v, n0, stride_vn, Nk, D, BD, TMA, BN, MASKED)
         following = next_tile(indices, step + 1, stop, SUB, BS, BN)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         if MASKED:
@@ -144,7 +124,7 @@ def _forward_kernel(
     i_m = m0 + tl.arange(0, BM)
     i_d = tl.arange(0, BD)
     q += i_b * stride_qb + i_h.to(tl.int64) * stride_qh
-    b_q = load_rows(q, m0, stride_qn, Nq, D, BD, False, BM, True)
+    b_q = rows_from(q, m0, stride_qn, Nq, D, BD, False, BM, True)
     k = rows_of(k, i_b * stride_kb + i_hk.to(tl.int64) * stride_kh, stride_kn, Nk, D, BD, TMA, BN)
     v = rows_of(v, i_b * stride_vb + i_hk.to(tl.int64) * stride_vh, stride_vn, Nk, D, BD, TMA, BN)
 

@@ -15,13 +15,13 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparseland.ops._rows import rows_from
 from sparseland.ops.block_sparse_attention.triton import (
     LOG2E,
     UNSPECIALIZED,
     Tile,
     first_fitting,
     last_dim_dense,
-    load_rows,
     longest_first,
     next_tile,
     padded,
@@ -136,8 +136,8 @@ def _dq_walk(
     i_n = tl.arange(0, BN)
     n0 = next_tile(indices, start, stop, SUB, BS, BN)
     for step in range(start, stop):
-        b_k = load_rows(k, n0, stride_kn, Nk, D, BD, TMA, BN, MASKED)
-        b_v = load_rows(v, n0, stride_vn, Nk, D, BD, TMA, BN, MASKED)
+        b_k = rows_from(k, n0, stride_kn, Nk, D, BD, TMA, BN, MASKED)
+        b_v = rows_from(v, n0, stride_vn, Nk, D, BD, TMA, BN, MASKED)
         following = next_tile(indices, step + 1, stop, SUB, BS, BN)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
@@ -170,8 +170,8 @@ def _dq_kernel(
     i_d = tl.arange(0, BD)
     q += i_b * stride_qb + i_h.to(tl.int64) * stride_qh
     d_out += i_b * stride_db + i_h.to(tl.int64) * stride_dh
-    b_q = load_rows(q, m0, stride_qn, Nq, D, BD, False, BM, True)
-    b_do = load_rows(d_out, m0, stride_dn, Nq, D, BD, False, BM, True)
+    b_q = rows_from(q, m0, stride_qn, Nq, D, BD, False, BM, True)
+    b_do = rows_from(d_out, m0, stride_dn, Nq, D, BD, False, BM, True)
     i_row = (i_b * H + i_h) * Np + m0
     b_lse = tl.load(lse2 + i_row + i_m)
     b_delta = tl.load(delta + i_row + i_m)
@@ -211,8 +211,8 @@ def _dkdv_walk(
     i_m = tl.arange(0, BM)
     m0 = next_tile(indices, start, stop, SUB, BS, BM)
     for step in range(start, stop):
-        b_q = load_rows(q, m0, stride_qn, Nq, D, BD, TMA, BM, not EVEN)
-        b_do = load_rows(d_out, m0, stride_dn, Nq, D, BD, TMA, BM, not EVEN)
+        b_q = rows_from(q, m0, stride_qn, Nq, D, BD, TMA, BM, not EVEN)
+        b_do = rows_from(d_out, m0, stride_dn, Nq, D, BD, TMA, BM, not EVEN)
         b_lse = tl.load(lse2 + m0 + i_m)
         b_delta = tl.load(delta + m0 + i_m)
         following = next_tile(indices, step + 1, stop, SUB, BS, BM)
@@ -245,8 +245,8 @@ def _dkdv_kernel(
 
     i_n = tl.arange(0, BN)
     i_d = tl.arange(0, BD)
-    b_k = load_rows(k + i_b * stride_kb + i_hk * stride_kh, n0, stride_kn, Nk, D, BD, False, BN, True)
-    b_v = load_rows(v + i_b * stride_vb + i_hk * stride_vh, n0, stride_vn, Nk, D, BD, False, BN, True)
+    b_k = rows_from(k + i_b * stride_kb + i_hk * stride_kh, n0, stride_kn, Nk, D, BD, False, BN, True)
+    b_v = rows_from(v + i_b * stride_vb + i_hk * stride_vh, n0, stride_vn, Nk, D, BD, False, BN, True)
     # Query blocks before `visible` have a row that does not see the whole tile; they begin the lists.
     offset = Nk - Nq
     visible = (tl.maximum(n0 + BN - 1 - offset, 0) + BS - 1) // BS

@@ -18,13 +18,13 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparseland.ops._rows import rows_at, rows_from
 from sparseland.ops.block_sparse_attention.triton import (
     LN2,
     LOG2E,
     Tile,
     first_fitting,
     last_dim_dense,
-    load_rows,
     longest_first,
     padded,
     rows_of,
@@ -67,26 +67,6 @@ NONE = tl.constexpr(2147483647)
 
 
 @triton.jit
-def _gather(
-    x, i_k, stride, Nk, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """The rows ``i_k [BN]`` of one head as a [BN, BD] tile; MASKED: those at Nk or later are 0."""
-    i_d = tl.arange(0, BD)
-    if MASKED:
-        i_k = tl.where(i_k < Nk, i_k, Nk)  # the product below must not overflow
-    # 64 bits only where a head passes 2^31 elements: row offsets take registers, and these are few.
-    i_x = (i_k.to(tl.int64) if WIDE else i_k) * stride
-    p_x = x + i_x[:, None] + i_d[None, :]
-    if MASKED:
-        b_x = tl.load(p_x, mask=(i_k < Nk)[:, None] & (i_d < D)[None, :], other=0.0)
-    elif D == BD:
-        b_x = tl.load(p_x)
-    else:
-        b_x = tl.load(p_x, mask=(i_d < D)[None, :], other=0.0)
-    return b_x
-
-
-@triton.jit
 def _walk_columns(
     acc, b_m, b_l, b_q, k, v, stride_kn, stride_vn, columns, start, stop, count, position, Nk, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
@@ -96,8 +76,8 @@ def _walk_columns(
     b_next = tl.load(columns + start + i_n, mask=start + i_n < count, other=NONE)
     for i in range(start, stop, BN):
         i_k = b_next
-        b_k = _gather(k, i_k, stride_kn, Nk, D, BD, WIDE, MASKED)
-        b_v = _gather(v, i_k, stride_vn, Nk, D, BD, WIDE, MASKED)
+        b_k = rows_at(k, i_k, stride_kn, Nk, D, BD, WIDE, MASKED)
+        b_v = rows_at(v, i_k, stride_vn, Nk, D, BD, WIDE, MASKED)
         b_next = tl.load(columns + i + BN + i_n, mask=i + BN + i_n < count, other=NONE)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         if MASKED:
@@ -137,7 +117,7 @@ def _forward_kernel(
 
     i_m = m0 + tl.arange(0, BM)
     i_d = tl.arange(0, BD)
-    b_q = load_rows(q + i_b * stride_qb + i_h * stride_qh, m0, stride_qn, Nq, D, BD, False, BM, True)
+    b_q = rows_from(q + i_b * stride_qb + i_h * stride_qh, m0, stride_qn, Nq, D, BD, False, BM, True)
     k += i_b * stride_kb + i_hk * stride_kh
     v += i_b * stride_vb + i_hk * stride_vh
     first = m0 + Nk - Nq

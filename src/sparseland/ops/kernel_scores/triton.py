@@ -26,8 +26,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from sparseland.ops._rows import rows_at
 from sparseland.ops.kernel_scores.reference import LARGEST
-from sparseland.ops.token_block_attention.triton import load_keys
 from sparseland.patterns import cdiv
 
 _LOG2E = 1.4426950408889634
@@ -66,10 +66,9 @@ def _lse_walk(
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Online sums over the windows [begin, end); EDGE: some rows don't see all of them."""
-    i_d = tl.arange(0, BD)
     for n0 in range(begin, end, BN):
         i_c = n0 + tl.arange(0, BN)
-        b_c = load_keys(c, i_c, stride_cn, Nc, i_d, D, BD, EDGE)
+        b_c = rows_at(c, i_c, stride_cn, Nc, D, BD, True, EDGE)
         b_s = tl.dot(b_q, tl.trans(b_c), input_precision="ieee")
         if EDGE:
             b_s = tl.where(i_c[None, :] < b_seen[:, None], b_s, float("-inf"))
@@ -93,9 +92,8 @@ def _lse_kernel(
     i_t = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     i_q = i_t * BT + tl.arange(0, BT)
-    i_d = tl.arange(0, BD)
     q += i_b * stride_qb + i_h * stride_qh
-    b_q = load_keys(q, i_q, stride_qn, Nq, i_d, D, BD, True)
+    b_q = rows_at(q, i_q, stride_qn, Nq, D, BD, True, True)
     c += i_b * stride_cb + (i_h // G) * stride_ch
     b_seen = tl.maximum(i_q + offset + 1 - KERNEL + STRIDE, 0) // STRIDE
     last = tl.minimum(i_t * BT + BT, Nq) + offset
@@ -135,7 +133,7 @@ def _score_walk(
         i_per = tl.arange(0, PER)[None, :, None]
     for n0 in range(begin, end, BN):
         i_c = n0 + i_window
-        b_c = tl.trans(load_keys(c, i_c, stride_cn, Nc, i_d, D, BD, EDGE))
+        b_c = tl.trans(rows_at(c, i_c, stride_cn, Nc, D, BD, True, EDGE))
         b_r = tl.zeros([BT, BN], tl.float32)
         if HOLD:
             for i_g in tl.static_range(G):

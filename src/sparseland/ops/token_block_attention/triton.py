@@ -19,6 +19,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparseland.ops._rows import rows_at
 from sparseland.ops.block_sparse_attention.triton import (
     LN2,
     LOG2E,
@@ -86,19 +87,6 @@ def block_at(step, base, skip, turn, indices, members, MODE: tl.constexpr):
 
 
 @triton.jit
-def load_keys(x, i_k, stride, Nk, i_d, D: tl.constexpr, BD: tl.constexpr, PAST: tl.constexpr):
-    """Rows of one head, [BN, BD]; PAST: some may lie behind the last (0)."""
-    p_x = x + i_k.to(tl.int64)[:, None] * stride + i_d[None, :]
-    if PAST:
-        b_x = tl.load(p_x, mask=(i_k < Nk)[:, None] & (i_d < D)[None, :], other=0.0)
-    elif D == BD:
-        b_x = tl.load(p_x)
-    else:
-        b_x = tl.load(p_x, mask=(i_d < D)[None, :], other=0.0)
-    return b_x
-
-
-@triton.jit
 def row_sees(position, i_k, b_bit, window, BS: tl.constexpr, MODE: tl.constexpr):
     """Which rows see which keys; the three come with a dimension for rows and one for keys."""
     if MODE == 2:
@@ -117,13 +105,12 @@ def _attend(
     """Online softmax over ``count`` blocks."""
     SUB: tl.constexpr = BS // BN
     i_n = tl.arange(0, BN)
-    i_d = tl.arange(0, BD)
     steps = count * SUB
     block, word = block_at(0, base, skip, turn, indices, members, MODE)
     for step in range(0, steps):
         i_k = block * BS + (step % SUB) * BN + i_n
-        b_k = load_keys(k, i_k, stride_kn, Nk, i_d, D, BD, MODE == 1)
-        b_v = load_keys(v, i_k, stride_vn, Nk, i_d, D, BD, MODE == 1)
+        b_k = rows_at(k, i_k, stride_kn, Nk, D, BD, True, MODE == 1)
+        b_v = rows_at(v, i_k, stride_vn, Nk, D, BD, True, MODE == 1)
         b_bit = (word >> i_token) & 1
         # One step ahead; behind the last step the first block stands in.
         ahead = tl.where(step + 1 < steps, (step + 1) // SUB, 0)

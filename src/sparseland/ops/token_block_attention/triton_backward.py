@@ -14,6 +14,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparseland.ops._rows import rows_at
 from sparseland.ops.block_sparse_attention.triton import (
     LOG2E,
     Tile,
@@ -31,7 +32,6 @@ from sparseland.ops.token_block_attention.triton import (
     block_at,
     cut,
     lists_of,
-    load_keys,
     preferred,
     row_sees,
     rows_of_tile,
@@ -135,13 +135,12 @@ def _dq_walk(
     """Adds to dq / scale over ``count`` blocks."""
     SUB: tl.constexpr = BS // BN
     i_n = tl.arange(0, BN)
-    i_d = tl.arange(0, BD)
     steps = count * SUB
     block, word = block_at(0, base, skip, turn, indices, members, MODE)
     for step in range(0, steps):
         i_k = block * BS + (step % SUB) * BN + i_n
-        b_k = load_keys(k, i_k, stride_kn, Nk, i_d, D, BD, MODE == 1)
-        b_v = load_keys(v, i_k, stride_vn, Nk, i_d, D, BD, MODE == 1)
+        b_k = rows_at(k, i_k, stride_kn, Nk, D, BD, True, MODE == 1)
+        b_v = rows_at(v, i_k, stride_vn, Nk, D, BD, True, MODE == 1)
         b_bit = (word >> i_token) & 1
         ahead = tl.where(step + 1 < steps, (step + 1) // SUB, 0)
         block, word = block_at(ahead, base, skip, turn, indices, members, MODE)
@@ -260,8 +259,8 @@ def _dkdv_kernel(
     i_block = tl.load(order + i_b * stride_ob + i_hk * stride_oh + i_p // (BS // BN))
     i_k = i_block * BS + i_p % (BS // BN) * BN + tl.arange(0, BN)
     i_d = tl.arange(0, BD)
-    b_k = load_keys(k + i_b * stride_kb + i_hk * stride_kh, i_k, stride_kn, Nk, i_d, D, BD, True)
-    b_v = load_keys(v + i_b * stride_vb + i_hk * stride_vh, i_k, stride_vn, Nk, i_d, D, BD, True)
+    b_k = rows_at(k + i_b * stride_kb + i_hk * stride_kh, i_k, stride_kn, Nk, D, BD, True, True)
+    b_v = rows_at(v + i_b * stride_vb + i_hk * stride_vh, i_k, stride_vn, Nk, D, BD, True, True)
     offset = Nk - Nq
     # Queries from the block's first key to the last whose window reaches back to it.
     first = tl.maximum(i_block * BS - offset, 0) // TILE
