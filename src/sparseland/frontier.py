@@ -278,7 +278,7 @@ class _Job:
             self._remember(methods, handle.calibrations)
             # What leaves the prompt alone, and yardsticks that may be slow, need no second prompt.
             timed = stage == "full" and role != "control" and any("prefill" in m.roles for m in methods)
-            decodes = stage == "full" or any(m.roles - {"prefill"} for m in methods)
+            decodes = any(m.roles - {"prefill"} for m in methods) or (stage == "full" and role != "control")
             tokens = (DECODE_TOKENS if stage == "full" else SCREEN_TOKENS) if decodes else 0
             run = run_window(self.model, self._window(length), length, REPEATS if timed else 1, tokens)
             return self._row(methods, role, length, run, handle.stats(), stage)

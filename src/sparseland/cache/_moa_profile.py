@@ -95,8 +95,8 @@ def profile(
             labels[-quarter:] = piece[-quarter:]
             if supervision == "model":
                 with torch.no_grad():
-                    logits = model(input_ids=piece[None], use_cache=False).logits
-                labels[-quarter:] = logits[0, -quarter - 1 : -1].argmax(-1)
+                    logits = model(input_ids=piece[None], use_cache=False, logits_to_keep=quarter + 1).logits
+                labels[-quarter:] = logits[0, :-1].argmax(-1)
             found = influence(model, piece[None], labels[None], block, effect)
             total = found if total is None else total + found
     assert total is not None
@@ -123,9 +123,11 @@ def influence(
     modules = attention_layers(model)
     layers: dict[int, Any] = {i: _Layer(i, _dense, note=True) for i in modules}
     with torch.enable_grad(), switched(modules, layers):
-        logits = model(input_ids=ids, use_cache=False).logits
+        # Logits are a large part of a small model's work: only those that the loss reads.
+        scored = ids.shape[1] - int((labels[:, 1:] != _IGNORE).any(0).int().argmax()) - 1
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=scored + 1).logits[:, :-1]
         loss = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=_IGNORE
+            logits.flatten(0, 1).float(), labels[:, -scored:].flatten(), ignore_index=_IGNORE
         )
         grads = torch.autograd.grad(loss, [layer.out for layer in layers.values()])
     blocks = []
@@ -198,6 +200,6 @@ def loss_with(model: nn.Module, ids: Int[Tensor, "B N"], plan: Plan, block: int)
     quarter = max(1, ids.shape[1] // 4)
     with switched(modules, layers):
         for row in ids.to(next(model.parameters()).device):
-            logits = model(input_ids=row[None], use_cache=False).logits[0, -quarter - 1 : -1]
+            logits = model(input_ids=row[None], use_cache=False, logits_to_keep=quarter + 1).logits[0, :-1]
             losses.append(float(F.cross_entropy(logits.float(), row[-quarter:])))
     return sum(losses) / len(losses)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Blocks that the shortest profiled length has at least, if the block may shrink for it.
 FEWEST_BLOCKS = 16
 SHORTEST = 64  # tokens of calibration text
-VALIDATED = 8  # plans that are run at the unseen length, the best predicted ones
+VALIDATED = 4  # plans that are run at the unseen length, the best predicted ones
 
 
 def search(model: nn.Module, ids: Int[Tensor, "B N"], method: MoA) -> dict[str, Any]:
