@@ -35,12 +35,16 @@ def run(tmp_path_factory):
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frontier, "TASK_NAMES", ())  # needles need a model that can read
+        patch.setattr(frontier, "SLOWEST", float("inf"))  # times of tiny models tell nothing
         result = frontier.run(options)
         rows = [json.loads(line) for line in (root / "out" / "results.jsonl").read_text().splitlines()]
         steps = []
         frontier.run(options, lambda message, done: steps.append(message))
+        patch.setattr(frontier, "SLOWEST", 0.0)
+        hasty = []
+        frontier.run(options, lambda message, done: hasty.append(message))
     again = [json.loads(line) for line in (root / "out" / "results.jsonl").read_text().splitlines()]
-    return result, rows, again, steps, root / "out"
+    return result, rows, again, (steps, hasty), root / "out"
 
 
 def test_every_candidate_is_screened_once_at_the_shortest_length(run):
@@ -62,6 +66,14 @@ def test_per_role_the_best_of_different_methods_go_on(run):
     assert len(select) <= frontier.SURVIVORS["select"]
 
 
+def test_a_store_far_slower_than_dense_goes_no_further(run):
+    steps, hasty = run[3]
+    measured = lambda messages: {m.partition(":")[0] for m in messages if m.endswith(" tokens")}  # noqa: E731
+    assert "mustafar" in measured(steps)
+    assert "mustafar" not in measured(hasty)
+    assert {"flexprefill", "double-sparsity"} <= measured(hasty)
+
+
 def test_survivors_are_measured_at_every_length_and_inspected(run):
     rows = run[1]
     full = [r for r in rows if r.get("stage") == "full" and r["role"] == "method"]
@@ -75,7 +87,7 @@ def test_survivors_are_measured_at_every_length_and_inspected(run):
 
 
 def test_files_are_written_and_a_second_run_measures_nothing_anew(run):
-    result, rows, again, steps, out = run
+    result, rows, again, (steps, _), out = run
     assert (out / "recipe.json").exists()
     page = (out / "report.html").read_text()
     assert "What the selections keep" in page

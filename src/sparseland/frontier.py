@@ -50,6 +50,11 @@ SCREEN_ABOVE = 8
 DEFAULT_SETTINGS = 2
 SLOW_SETTINGS = 1
 SCREEN_TOKENS = 24
+WARM_TOKENS = 2
+# A store or a linear layer this much slower than dense goes no further: a prompt of up to ``SIMILAR`` times
+# the tokens would not turn that round.
+SLOWEST = 1.25
+SIMILAR = 4
 SURVIVORS: dict[Role, int] = {"prefill": 3, "select": 1, "store": 1, "linear": 1}
 # Pictures of where methods spend their pairs: so many methods, besides the chosen recipe's.
 MAPPED_METHODS = 3
@@ -214,22 +219,25 @@ class _Job:
 
     def _measure_dense(self, length: int) -> float:
         self._tick(f"dense, {length} tokens", length)
-        run_window(self.model, self._window(length), length)  # the first call allocates and loads kernels
+        # The first call allocates and loads kernels.
+        run_window(self.model, self._window(length), length, decode_tokens=WARM_TOKENS)
         self.dense[length] = run = run_window(self.model, self._window(length), length, REPEATS)
         if not self.log.of("measurement", label="dense", length=length):
             self.log.add(self._row([], "dense", length, run, None))
         return run.prefill_s
 
     def _time_dense(self, length: int) -> float:
-        return run_window(self.model, self._window(length), length, REPEATS).prefill_s
+        return run_window(self.model, self._window(length), length, REPEATS, 0).prefill_s
 
     def _screen(self, candidates: Sequence[Method]) -> list[Method]:
         """Try every candidate shortly at the shortest length; per role the best of different methods go on.
 
         Those within the tolerance come first, the fastest in front; then the others by their loss. What
-        exceeds the tolerance on a short prompt could not be chosen, whatever it does on longer ones.
+        exceeds the tolerance on a short prompt could not be chosen, whatever it does on longer ones; nor
+        could a store or a linear layer that is far slower than dense.
         """
         length = self.lengths[0]
+        similar = self.lengths[-1] <= SIMILAR * length
         best: dict[Role, list[tuple[bool, float, Method]]] = {role: [] for role in SURVIVORS}
         for method in candidates:
             self._tick(f"screening {method.spec}", length)
@@ -237,8 +245,10 @@ class _Job:
             rows = self._measurements(recipe=[method.spec], length=length, stage="screen", status="ok")
             if rows:
                 role = next(r for r in SURVIVORS if r in method.roles)
-                excess = self.judge.excess(rows[-1])
-                best[role].append((excess > 0, excess or relative_time(rows[-1]), method))
+                excess, time = self.judge.excess(rows[-1]), relative_time(rows[-1])
+                if role in ("store", "linear") and similar and time > SLOWEST:
+                    continue
+                best[role].append((excess > 0, excess or time, method))
         survivors: list[Method] = []
         for role, ranked in best.items():
             ranked.sort(key=lambda entry: entry[:2])
@@ -276,9 +286,11 @@ class _Job:
             self.model, list(methods), calibration_ids=self.calibration_ids, calibrations=self._known(methods)
         ) as handle:
             self._remember(methods, handle.calibrations)
-            # What leaves the prompt alone, and yardsticks that may be slow, need no second prompt.
-            timed = stage == "full" and role != "control" and any("prefill" in m.roles for m in methods)
-            decodes = any(m.roles - {"prefill"} for m in methods) or (stage == "full" and role != "control")
+            # Controls but dense, which is a rival, are yardsticks of quality: one prompt, no decoding. What
+            # leaves the prompt alone needs no second one either.
+            rival = stage == "full" and (role != "control" or methods[0].card.slug == "dense")
+            timed = rival and any("prefill" in m.roles for m in methods)
+            decodes = rival or any(m.roles - {"prefill"} for m in methods)
             tokens = (DECODE_TOKENS if stage == "full" else SCREEN_TOKENS) if decodes else 0
             run = run_window(self.model, self._window(length), length, REPEATS if timed else 1, tokens)
             return self._row(methods, role, length, run, handle.stats(), stage)
