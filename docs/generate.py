@@ -142,7 +142,7 @@ def _which_frontier() -> dict[str, Any] | None:
         and r["status"] == "ok"
         and r.get("stage", "full") == "full"
         and r["loss"] <= (1 + tolerance) * r["dense_loss"]
-        and r["decode_loss"] <= (1 + tolerance) * r["dense_decode_loss"]
+        and (r["decode_loss"] or 0) <= (1 + tolerance) * (r["dense_decode_loss"] or 0)
     ]
     return {
         "length": choice["length"], "tolerance": f"{100 * tolerance:g} %", "reason": choice["reason"],
@@ -225,11 +225,12 @@ def frontier_table(run: dict[str, Any]) -> str:
         if r["length"] != choice["length"] or r["status"] != "ok" or r.get("stage") == "screen":
             continue
         name = f"**{r['label']}**" if r["label"] == chosen else r["label"]
+        decodes = r["decode_ms"] is not None
         cells = [
             f"{100 * (r['loss'] / r['dense_loss'] - 1):+.2f} %",
-            f"{100 * (r['decode_loss'] / r['dense_decode_loss'] - 1):+.2f} %",
+            f"{100 * (r['decode_loss'] / r['dense_decode_loss'] - 1):+.2f} %" if decodes else "–",
             f"{r['prefill_s']:.2f} s, {r['dense_prefill_s'] / r['prefill_s']:.2f}×",
-            f"{r['decode_ms']:.1f} ms, {r['dense_decode_ms'] / r['decode_ms']:.2f}×",
+            f"{r['decode_ms']:.1f} ms, {r['dense_decode_ms'] / r['decode_ms']:.2f}×" if decodes else "–",
             f"{r['cache_bytes'] / 1e6:.0f} MB",
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -1,0 +1,172 @@
+"""Lists of key blocks, of single keys, and their union, per query head and block of queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sparseland.patterns.base import Pattern, cdiv, pairs_from, pairs_per_block, unexpanded
+
+
+@dataclass(frozen=True)
+class BlockPattern(Pattern):
+    """Per batch row, query head and query block: a list of key blocks.
+
+    Query block ``i`` holds the queries ``[i * block_size, (i + 1) * block_size)`` of this call; key block
+    ``j`` the keys ``[j * block_size, (j + 1) * block_size)`` of the whole cache. ``indices[..., :count]``
+    are distinct and ascending; what lies behind ``count`` is never read. A listed block may stick out of
+    the causal triangle (its future keys are masked), but none lies wholly outside.
+
+    Args:
+        counts: ``[B, Hq, Mq]`` int32, ``Mq = ceil(n_queries / block_size)``.
+        indices: ``[B, Hq, Mq, L]`` int32.
+    """
+
+    block_size: int
+    counts: Int[Tensor, "B H Mq"]
+    indices: Int[Tensor, "B H Mq L"]
+
+    @classmethod
+    def from_block_mask(
+        cls, blocks: Bool[Tensor, "B H Mq Mk"], block_size: int, n_queries: int, n_keys: int
+    ) -> BlockPattern:
+        """Lists from a boolean block mask; blocks wholly in the future are dropped.
+
+        On a GPU the lists' length is that of all key blocks: the longest is not asked for.
+        """
+        # What makes lists is an op; patterns know ops only here, where they are made from masks.
+        from sparseland.ops.block_lists import block_lists
+
+        (few,) = unexpanded(blocks)
+        counts, indices = block_lists(n_queries, n_keys, block_size, mask=few)
+        shape = blocks.shape[:2]
+        counts, indices = counts.expand(*shape, -1), indices.expand(*shape, -1, -1)
+        return cls(n_queries, n_keys, block_size, counts, indices)
+
+    def block_mask(self) -> Bool[Tensor, "B H Mq Mk"]:
+        """The lists as a boolean block mask."""
+        columns = cdiv(self.n_keys, self.block_size)
+        listed = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
+        # Padding goes to an extra column that is cut off again.
+        target = torch.where(listed, self.indices.long(), columns)
+        mask = torch.zeros(*self.counts.shape, columns + 1, dtype=torch.bool, device=self.counts.device)
+        return mask.scatter_(-1, target, True)[..., :columns]
+
+    def block_pairs(self) -> Int[Tensor, "Mq Mk"]:
+        """Causal pairs inside each block (int64)."""
+        return pairs_per_block(self.n_queries, self.n_keys, self.block_size, self.counts.device)
+
+    def pairs(self) -> Int[Tensor, "B H"]:
+        counts, indices = unexpanded(self.counts, self.indices)
+        if not indices.shape[-1]:
+            return torch.zeros(self.counts.shape[:2], dtype=torch.int64, device=counts.device)
+        size = self.block_size
+        start = torch.arange(counts.shape[-1], device=counts.device)[:, None] * size + self.offset
+        end = (start + size).clamp(max=self.n_keys)
+        # Blocks ascend and none is wholly in the future, so at most the last two are cut by the diagonal (or
+        # by the end of the keys).
+        place = counts[..., None] - torch.arange(1, 3, device=counts.device)
+        first = indices.gather(-1, place.clamp(min=0)).long() * size
+        lost = (end - start) * size - pairs_from(first, start, end)
+        lost += pairs_from((first + size).clamp(max=self.n_keys), start, end)
+        whole = (counts * ((end - start) * size)[:, 0]).sum(-1)
+        total = whole - (lost * (place >= 0)).sum((-1, -2))
+        return total.expand(self.counts.shape[:2])
+
+    def mask(self) -> Bool[Tensor, "B H Nq Nk"]:
+        wide = self.block_mask().repeat_interleave(self.block_size, -1)[..., : self.n_keys]
+        tall = wide.repeat_interleave(self.block_size, -2)[..., : self.n_queries, :]
+        return tall & self._causal(tall.device)
+
+
+@dataclass(frozen=True)
+class ColumnPattern(Pattern):
+    """Per batch row, query head and query block: a list of single keys (verticals, stripes).
+
+    ``indices[..., :count]`` are distinct, ascending key positions; future keys are masked per query.
+
+    Args:
+        counts: ``[B, Hq, Mq]`` int32, ``Mq = ceil(n_queries / block_size)``.
+        indices: ``[B, Hq, Mq, L]`` int32.
+    """
+
+    block_size: int
+    counts: Int[Tensor, "B H Mq"]
+    indices: Int[Tensor, "B H Mq L"]
+
+    @classmethod
+    def from_column_mask(
+        cls,
+        columns: Bool[Tensor, "B H Mq Nk"],
+        block_size: int,
+        n_queries: int,
+        n_keys: int,
+        cap: int | None = None,
+    ) -> ColumnPattern:
+        """Lists from a boolean mask of keys per query block, without those after the block's last query.
+
+        ``cap`` is the longest list there can be, if that is known; what does not fit is dropped. On a GPU it
+        is the lists' length (all keys unless given): the longest is not asked for.
+        """
+        from sparseland.ops.block_lists import block_lists
+
+        (few,) = unexpanded(columns)
+        counts, indices = block_lists(n_queries, n_keys, block_size, mask=few, unit=1, cap=cap)
+        shape = columns.shape[:2]
+        counts, indices = counts.expand(*shape, -1), indices.expand(*shape, -1, -1)
+        return cls(n_queries, n_keys, block_size, counts, indices)
+
+    def column_mask(self) -> Bool[Tensor, "B H Mq Nk"]:
+        """The lists as a boolean mask of keys per query block."""
+        listed = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
+        target = torch.where(listed, self.indices.long(), self.n_keys)
+        shape = (*self.counts.shape, self.n_keys + 1)
+        mask = torch.zeros(shape, dtype=torch.bool, device=self.counts.device)
+        return mask.scatter_(-1, target, True)[..., : self.n_keys]
+
+    def pairs(self) -> Int[Tensor, "B H"]:
+        from sparseland.ops.block_lists import list_pairs
+
+        counts, indices = unexpanded(self.counts, self.indices)
+        pairs = list_pairs(counts, indices, self.n_queries, self.n_keys, self.block_size, 1)
+        return pairs.expand(self.counts.shape[:2])
+
+    def mask(self) -> Bool[Tensor, "B H Nq Nk"]:
+        tall = self.column_mask().repeat_interleave(self.block_size, -2)[..., : self.n_queries, :]
+        return tall & self._causal(tall.device)
+
+
+@dataclass(frozen=True)
+class BlockColumnPattern(Pattern):
+    """The union of blocks and single columns (MInference's vertical-slash).
+
+    No pair may be in both: :meth:`of` drops the columns that a listed block already covers. The columns'
+    block size is the blocks' or a multiple of it: one list of columns can serve several query blocks.
+    """
+
+    blocks: BlockPattern
+    columns: ColumnPattern
+
+    @classmethod
+    def of(
+        cls, blocks: BlockPattern, columns: Bool[Tensor, "B H Nk"], cap: int | None = None
+    ) -> BlockColumnPattern:
+        """Blocks, and per head a set of key columns for all queries (at most ``cap``, if that is known)."""
+        from sparseland.ops.block_lists import block_lists, column_lists
+
+        n_queries, n_keys, size = blocks.n_queries, blocks.n_keys, blocks.block_size
+        # As the list of one query that stands at the end.
+        counts, places = block_lists(1, n_keys, 1, mask=columns[:, :, None], unit=1, cap=cap)
+        lists = column_lists(
+            places[:, :, 0], counts[:, :, 0], n_queries, n_keys, size, mask=blocks.block_mask()
+        )
+        return cls(n_queries, n_keys, blocks, ColumnPattern(n_queries, n_keys, size, *lists))
+
+    def pairs(self) -> Int[Tensor, "B H"]:
+        return self.blocks.pairs() + self.columns.pairs()
+
+    def mask(self) -> Bool[Tensor, "B H Nq Nk"]:
+        return self.blocks.mask() | self.columns.mask()
