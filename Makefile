@@ -33,7 +33,7 @@ gpu-test:  ## on a machine with a CUDA device and the package's dependencies: ke
 
 gpu-memcheck:  ## there, too: no kernel reads or writes outside its tensors (needs NVIDIA's compute-sanitizer)
 	PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-		$(PYTHON) -m pytest -q -k first tests/test_gpu_devices.py
+		$(PYTHON) -m pytest -q -k "first or compiled_kernels" tests/test_gpu_devices.py tests/ops
 
 bench: $(STAMP)  ## CPU numbers of this machine into benchmarks/results
 	$(BIN)/python benchmarks/cpu_ops.py --out benchmarks/results/cpu_ops.json

@@ -102,7 +102,7 @@ def test_a_pattern_made_in_pieces_is_the_whole_pattern(shape, step, monkeypatch)
         rows = mask[:, :, start // size : cdiv(stop, size), : cdiv(seen, size)]
         return BlockPattern.from_block_mask(rows, size, stop - start, seen)
 
-    monkeypatch.setattr(patterns, "_LIST_BYTES", 10 * step)
+    monkeypatch.setattr(patterns.parts, "_LIST_BYTES", 10 * step)
     pattern = in_pieces(make, n_queries, n_keys, size, 10)
     assert isinstance(pattern, PiecedPattern) == (step < cdiv(n_queries, size))
     assert torch.equal(pattern.mask(), whole.mask())

@@ -303,7 +303,7 @@ def test_lists_made_in_pieces_are_the_same(inputs, monkeypatch, n_queries, n_key
     x = inputs(n_keys, n_queries=n_queries, batch=2, sharpness=3.0)
     method = FlexPrefill(gamma=0.6, tau=tau, min_budget=16, block_size=16)
     whole = method.pattern(x)
-    monkeypatch.setattr(patterns, "_LIST_BYTES", 3 * 4 * 14 * 8)
+    monkeypatch.setattr(patterns.parts, "_LIST_BYTES", 3 * 4 * 14 * 8)
     monkeypatch.setattr(flexprefill, "_MAP_BYTES", 1)  # the map of one key head's queries at a time
     pieces = method.pattern(x)
     assert isinstance(pieces, PiecedPattern)

@@ -303,7 +303,7 @@ def test_inputs_may_be_views(inputs):
 def test_lists_made_in_pieces_are_the_same(inputs, monkeypatch, n_queries, n_keys):
     x = inputs(n_keys, n_queries=n_queries, batch=2, sharpness=2.0)
     whole = small().pattern(x, as_calibration(*MIXED))
-    monkeypatch.setattr(patterns, "_LIST_BYTES", 1)
+    monkeypatch.setattr(patterns.parts, "_LIST_BYTES", 1)
     pieces = small().pattern(x, as_calibration(*MIXED))
     assert isinstance(pieces, PiecedPattern)
     assert torch.equal(pieces.mask(), whole.mask())

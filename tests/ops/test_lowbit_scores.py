@@ -198,7 +198,7 @@ def test_lists(case: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = zip(indices.flatten(0, 2).tolist(), counts.flatten().tolist(), strict=True)
     assert all(row[:n] == sorted(set(row[:n])) for row, n in rows)
     # In stretches, as where memory is short.
-    monkeypatch.setattr(patterns, "_LIST_BYTES", 1)
+    monkeypatch.setattr(patterns.parts, "_LIST_BYTES", 1)
     assert torch.equal(tile_blocks(words, n_queries, n_keys).mask(), got.mask())
 
 

@@ -419,4 +419,5 @@ def test_the_claim_is_judged_by_its_numbers(monkeypatch):
     assert claim.reproduce("full")["holds"] is False
     assert claim.reproduce("smoke")["holds"] is False
     monkeypatch.setattr(claim, "measure", lambda request: [])
-    assert claim.reproduce("full")["holds"] is False
+    with pytest.raises(SparselandError, match="nothing was measured within 400 seconds"):
+        claim.reproduce("full")
