@@ -231,7 +231,7 @@ def frontier_table(run: dict[str, Any]) -> str:
             f"{100 * (r['decode_loss'] / r['dense_decode_loss'] - 1):+.2f} %" if decodes else "–",
             f"{r['prefill_s']:.2f} s, {r['dense_prefill_s'] / r['prefill_s']:.2f}×",
             f"{r['decode_ms']:.1f} ms, {r['dense_decode_ms'] / r['decode_ms']:.2f}×" if decodes else "–",
-            f"{r['cache_bytes'] / 1e6:.0f} MB",
+            f"{r['cache_bytes'] / 1e6:.0f} MB, {r['cache_bytes'] / r['dense_cache_bytes']:.2f}×",
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     machine = _machine(run["machine"])

@@ -54,6 +54,14 @@ def test_every_candidate_is_screened_once_at_the_shortest_length(run):
     assert all((r["decode_ms"] is None) == ("prefill" in slug_roles(r)) for r in screened)
 
 
+def test_a_cache_is_compared_with_dense_after_as_many_tokens(run):
+    # A prompt's selection stores what dense stores, however few tokens were decoded after it.
+    prompts = [r for r in run[1] if r["kind"] == "measurement" and r["role"] == "method"]
+    prompts = [r for r in prompts if slug_roles(r) == {"prefill"}]
+    assert {r["stage"] for r in prompts} == {"screen", "full"}
+    assert all(r["cache_bytes"] == r["dense_cache_bytes"] for r in prompts)
+
+
 def slug_roles(row):
     return frontier.parse_spec(row["recipe"][0]).roles
 

@@ -338,7 +338,9 @@ class _Job:
     ) -> dict[str, Any]:
         dense, ids = self.dense[length], self._window(length)
         decoded = run.decode_logits.shape[0]  # one more than there were decoding steps
-        same = replace(dense, decode_logits=dense.decode_logits[:decoded])
+        # Dense as it was after as many tokens: its cache grows by the same for each.
+        held = round(dense.cache_bytes * (length + decoded - 1) / (length + dense.decode_logits.shape[0] - 1))
+        same = replace(dense, decode_logits=dense.decode_logits[:decoded], cache_bytes=held)
         q, base = quality(run, ids, length, dense), quality(same, ids, length, dense)
         specs = [m.spec for m in methods]
         heads = [layer.density for layer in stats.layers] if stats else None
@@ -352,7 +354,7 @@ class _Job:
             "dense_decode_loss": base.decode_loss, "kl": q.kl, "top1": q.top1,
             "prefill_s": run.prefill_s, "dense_prefill_s": dense.prefill_s,
             "decode_ms": run.decode_ms, "dense_decode_ms": dense.decode_ms,
-            "cache_bytes": run.cache_bytes, "dense_cache_bytes": dense.cache_bytes,
+            "cache_bytes": run.cache_bytes, "dense_cache_bytes": same.cache_bytes,
             "head_density": heads if heads and all(heads) else None,
             "windows": 1, "tail_tokens": min(TAIL_TOKENS, length - 1), "decode_tokens": decoded - 1,
         }  # fmt: skip

@@ -71,3 +71,9 @@ def test_loss_change_is_relative_and_may_be_missing():
     assert math.isclose(loss_change({"loss": 2.02, "dense_loss": 2.0}), 0.01)
     assert loss_change({"loss": None, "dense_loss": 2.0}) is None
     assert loss_change({"loss": 2.0, "dense_loss": 0.0}) is None
+
+
+def test_layers_that_are_sparse_only_while_decoding_count_there():
+    rows = [row("dense"), row(neuron_density=0.5, decode_loss=2.01, decode_ms=12.0, prefill_s=3.9)]
+    assert decoding_front(rows) == {0, 1}
+    assert prompt_front(rows) == {0}

@@ -71,13 +71,13 @@ def acts_on_prompt(row: Row) -> bool:
 
 def acts_on_decoding(row: Row) -> bool:
     """Whether the configuration changes a decoding step: what it reads, what is stored, or the layers."""
-    density, decode_density = number(row, "density"), number(row, "decode_density")
-    if decode_density is not None and decode_density < 1:
+    shares = (number(row, name) for name in ("decode_density", "neuron_density"))
+    if any(share is not None and share < 1 for share in shares):
         return True
     if number(row, "cache_bytes") != number(row, "dense_cache_bytes"):
         return True
     # The loss of the prompt moved although attention is whole: the layers themselves are sparse.
-    return acts_on_prompt(row) and (density is None or density == 1)
+    return acts_on_prompt(row) and number(row, "density") in (1, None)
 
 
 def _competes(row: Row, acts: Callable[[Row], bool]) -> bool:
