@@ -34,10 +34,12 @@ def param(
 
 
 def field_types(cls: type[Any]) -> dict[str, Any]:
+    """Each field's type, for classes whose annotations are strings."""
     return typing.get_type_hints(cls)
 
 
 def format_value(value: Any) -> str:
+    """A value as specs write it; reading it gives the same value back."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
