@@ -33,7 +33,7 @@ def covering(
             value[active], taken[active] = covering(weights[active], mass, None)
         return value, taken
     n = weights.shape[-1]
-    descending = weights.sort(dim=-1, descending=True).values
+    descending = _descending(weights)
     taken = 1 + (descending.cumsum(-1, dtype=torch.float64) <= mass).sum(-1)
     # The largest, and so any other, is finite: a sort puts NaN and infinity first.
     finite = descending[..., 0].isfinite() if n else torch.ones_like(taken, dtype=torch.bool)
@@ -43,3 +43,12 @@ def covering(
     if active is not None:
         value, taken = value * active, taken * active
     return value, taken
+
+
+def _descending(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+    """Each row sorted, NaN first. NumPy sorts numbers by vector instructions, PyTorch's CPU one by one."""
+    if x.device.type != "cpu":
+        return x.sort(dim=-1, descending=True).values
+    import numpy as np
+
+    return torch.from_numpy(np.sort(x.detach().numpy(), axis=-1)).flip(-1)
