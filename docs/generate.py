@@ -142,7 +142,7 @@ def _which_frontier() -> dict[str, Any] | None:
         and r["status"] == "ok"
         and r.get("stage", "full") == "full"
         and r["loss"] <= (1 + tolerance) * r["dense_loss"]
-        and (r["decode_loss"] or 0) <= (1 + tolerance) * (r["dense_decode_loss"] or 0)
+        and (r["decode_loss"] is None or r["decode_loss"] <= (1 + tolerance) * r["dense_decode_loss"])
     ]
     return {
         "length": choice["length"], "tolerance": f"{100 * tolerance:g} %", "reason": choice["reason"],

@@ -62,6 +62,7 @@ class MoA(PrefillMethod, StoreMethod):
             "rules are per key head: grouped heads keep their memory advantage, where the released code "
             "repeats keys and values; influence is the largest of a group's query heads, as there",
             "the programme is solved by HiGHS, not Gurobi",
+            "of the Pareto plans the four of least predicted loss are run at the unseen length, not all",
             "a rule with beta=1 and alpha>=0 keeps everything, however long the generation gets",
             "prompts may continue a cache, and left-padded rows have spans of their own length; neither is "
             "possible in the released code",

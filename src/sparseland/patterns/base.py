@@ -90,3 +90,16 @@ def pairs_per_block(
     started = (j > offset).long()
     f = started * (ramp * (offset + 1) + ramp * (ramp - 1) // 2 + (i - ramp) * j) + (1 - started) * i * j
     return f[1:, 1:] - f[:-1, 1:] - f[1:, :-1] + f[:-1, :-1]
+
+
+def listed(counts: Int[Tensor, "*B"], indices: Int[Tensor, "*B L"]) -> Bool[Tensor, "*B L"]:
+    """Which entries of lists are real: the first ``counts`` of each."""
+    return torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+
+
+def list_mask(counts: Int[Tensor, "*B"], indices: Int[Tensor, "*B L"], width: int) -> Bool[Tensor, "*B n"]:
+    """Lists as rows of ``width`` booleans."""
+    # Padding goes to an extra column that is cut off again.
+    target = torch.where(listed(counts, indices), indices.long(), width)
+    mask = torch.zeros(*target.shape[:-1], width + 1, dtype=torch.bool, device=indices.device)
+    return mask.scatter_(-1, target, True)[..., :width]

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparseland.patterns.base import Pattern, cdiv, pairs_from, pairs_per_block, unexpanded
+from sparseland.patterns.base import Pattern, cdiv, list_mask, pairs_from, pairs_per_block, unexpanded
+
+
+def _lists(
+    mask: Bool[Tensor, "B H Mq n"], block_size: int, n_queries: int, n_keys: int, **options: Any
+) -> tuple[Int[Tensor, "B H Mq"], Int[Tensor, "B H Mq L"]]:
+    """Counts and indices of a mask; made once where batch rows or heads only repeat one entry."""
+    # What makes lists is an op; patterns know ops only where they are made from masks, or counted.
+    from sparseland.ops.block_lists import block_lists
+
+    (few,) = unexpanded(mask)
+    counts, indices = block_lists(n_queries, n_keys, block_size, mask=few, **options)
+    return counts.expand(*mask.shape[:2], -1), indices.expand(*mask.shape[:2], -1, -1)
 
 
 @dataclass(frozen=True)
@@ -37,23 +50,11 @@ class BlockPattern(Pattern):
 
         On a GPU the lists' length is that of all key blocks: the longest is not asked for.
         """
-        # What makes lists is an op; patterns know ops only here, where they are made from masks.
-        from sparseland.ops.block_lists import block_lists
-
-        (few,) = unexpanded(blocks)
-        counts, indices = block_lists(n_queries, n_keys, block_size, mask=few)
-        shape = blocks.shape[:2]
-        counts, indices = counts.expand(*shape, -1), indices.expand(*shape, -1, -1)
-        return cls(n_queries, n_keys, block_size, counts, indices)
+        return cls(n_queries, n_keys, block_size, *_lists(blocks, block_size, n_queries, n_keys))
 
     def block_mask(self) -> Bool[Tensor, "B H Mq Mk"]:
         """The lists as a boolean block mask."""
-        columns = cdiv(self.n_keys, self.block_size)
-        listed = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
-        # Padding goes to an extra column that is cut off again.
-        target = torch.where(listed, self.indices.long(), columns)
-        mask = torch.zeros(*self.counts.shape, columns + 1, dtype=torch.bool, device=self.counts.device)
-        return mask.scatter_(-1, target, True)[..., :columns]
+        return list_mask(self.counts, self.indices, cdiv(self.n_keys, self.block_size))
 
     def block_pairs(self) -> Int[Tensor, "Mq Mk"]:
         """Causal pairs inside each block (int64)."""
@@ -111,21 +112,12 @@ class ColumnPattern(Pattern):
         ``cap`` is the longest list there can be, if that is known; what does not fit is dropped. On a GPU it
         is the lists' length (all keys unless given): the longest is not asked for.
         """
-        from sparseland.ops.block_lists import block_lists
-
-        (few,) = unexpanded(columns)
-        counts, indices = block_lists(n_queries, n_keys, block_size, mask=few, unit=1, cap=cap)
-        shape = columns.shape[:2]
-        counts, indices = counts.expand(*shape, -1), indices.expand(*shape, -1, -1)
-        return cls(n_queries, n_keys, block_size, counts, indices)
+        lists = _lists(columns, block_size, n_queries, n_keys, unit=1, cap=cap)
+        return cls(n_queries, n_keys, block_size, *lists)
 
     def column_mask(self) -> Bool[Tensor, "B H Mq Nk"]:
         """The lists as a boolean mask of keys per query block."""
-        listed = torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
-        target = torch.where(listed, self.indices.long(), self.n_keys)
-        shape = (*self.counts.shape, self.n_keys + 1)
-        mask = torch.zeros(shape, dtype=torch.bool, device=self.counts.device)
-        return mask.scatter_(-1, target, True)[..., : self.n_keys]
+        return list_mask(self.counts, self.indices, self.n_keys)
 
     def pairs(self) -> Int[Tensor, "B H"]:
         from sparseland.ops.block_lists import list_pairs

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparseland.patterns.base import Pattern, cdiv
+from sparseland.patterns.base import Pattern, cdiv, list_mask, listed
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class PermutedPattern(Pattern):
         keys = torch.unflatten(keys, -1, (-1, size)).sort(dim=-1).values.expand(*shape, -1, -1)
         held = keys < far
         per_block = torch.stack([keys[..., 0], torch.where(held, keys, -1).amax(-1), held.sum(-1)])
-        listed = torch.arange(self.indices.shape[-1], device=keys.device) < self.counts[..., None]
-        lists = torch.where(listed, self.indices.long(), 0).expand(*shape, -1, -1)
+        real_entry = listed(self.counts, self.indices)
+        lists = torch.where(real_entry, self.indices.long(), 0).expand(*shape, -1, -1)
         first, last, n_keys = (t[:, :, None].expand(*lists.shape[:3], -1).gather(3, lists) for t in per_block)
         real = limit >= 0
         lowest = torch.where(real, limit, far).amin(-1)[..., None]
         highest = limit.amax(-1)[..., None]
-        seen = listed & (first <= highest)
+        seen = real_entry & (first <= highest)
         whole = seen & (last <= lowest)
         total = (torch.where(whole, n_keys.long(), 0).sum(-1) * real.sum(-1)).sum(-1)
         # What is cut by causality is counted key by key; few blocks of a row are.
@@ -74,10 +74,7 @@ class PermutedPattern(Pattern):
     def mask(self) -> Bool[Tensor, "b h Nq Nk"]:
         size, (batch, heads) = self.block_size, self.shape()
         device, columns = self.counts.device, cdiv(self.k_index.shape[-1], self.block_size)
-        listed = torch.arange(self.indices.shape[-1], device=device) < self.counts[..., None]
-        target = torch.where(listed, self.indices.long(), columns)
-        blocks = torch.zeros(*target.shape[:3], columns + 1, dtype=torch.bool, device=device)
-        blocks = blocks.scatter_(-1, target, True)[..., :columns]
+        blocks = list_mask(self.counts, self.indices, columns)
         rows, keys = self.q_index.long()[..., :, None], self.k_index.long()[..., None, :]
         wide = blocks.repeat_interleave(size, -1)[..., : self.k_index.shape[-1]]
         slots = wide.repeat_interleave(size, -2)[..., : self.q_index.shape[-1], :]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparseland.patterns.base import Pattern, cdiv
+from sparseland.patterns.base import Pattern, cdiv, listed
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TokenBlockPattern(Pattern):
     def token_mask(self) -> Bool[Tensor, "B Hl Nq Mk"]:
         """The key blocks of each query as a boolean mask, window included."""
         columns = cdiv(self.n_keys, self.block_size)
-        target = torch.where(self._listed(), self.indices.long(), columns)
+        target = torch.where(listed(self.counts, self.indices), self.indices.long(), columns)
         words = self.members.new_zeros(*self.counts.shape, columns + 1)
         words = words.scatter_(-1, target, self.members)[..., :columns]
         bit = torch.arange(self.tile, device=words.device)[:, None]
@@ -71,18 +71,16 @@ class TokenBlockPattern(Pattern):
         return far | ((block > own - self.window) & (block <= own))
 
     def pairs(self) -> Int[Tensor, "B H"]:
-        listed = torch.where(self._listed(), _ones(self.members), 0)  # each is a whole block in the past
+        # Each is a whole block in the past.
+        blocks = torch.where(listed(self.counts, self.indices), _ones(self.members), 0)
         position = torch.arange(self.offset, self.n_keys, device=self.counts.device)
         start = (position // self.block_size - self.window + 1).clamp(min=0) * self.block_size
-        pairs = listed.sum((-1, -2)) * self.block_size + (position - start + 1).sum()
+        pairs = blocks.sum((-1, -2)) * self.block_size + (position - start + 1).sum()
         return pairs.repeat_interleave(self.group, 1)
 
     def mask(self) -> Bool[Tensor, "B H Nq Nk"]:
         wide = self.token_mask().repeat_interleave(self.block_size, -1)[..., : self.n_keys]
         return (wide & self._causal(wide.device)).repeat_interleave(self.group, 1)
-
-    def _listed(self) -> Bool[Tensor, "B Hl T L"]:
-        return torch.arange(self.indices.shape[-1], device=self.indices.device) < self.counts[..., None]
 
 
 def token_words(blocks: Bool[Tensor, "*B Nq Mk"], tile: int) -> Int[Tensor, "*B T Mk"]:
