@@ -23,17 +23,14 @@ from sparseland.recipe import write_atomically
 from sparseland.tasks.loss import cross_entropy
 from sparseland.tasks.text import default_text, tokenize, windows
 
-SPECS = [
-    "flexprefill:gamma=0.97,block_size=64,min_budget=1024",
-    "flexprefill:gamma=0.98,block_size=64,min_budget=1024",
-]
+SPECS = ["flexprefill:gamma=0.95,tau=1,block_size=64,min_budget=1024"]
 CALIBRATION_TOKENS = 2048
 CPU = torch.device("cpu")
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=Path, required=True)
 parser.add_argument("--length", type=int, default=8192)
-parser.add_argument("--windows", type=int, default=2)
+parser.add_argument("--windows", type=int, default=4)
 parser.add_argument("--dtypes", default="float32,bfloat16")
 parser.add_argument("--specs", nargs="*", default=SPECS)
 parser.add_argument("--all", action="store_true", help="the cheapest setting of every prompt method")

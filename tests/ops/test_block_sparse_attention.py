@@ -136,18 +136,22 @@ def test_output_lse_and_gradients(name: str, backend: str) -> None:
         assert relative(got, wanted.double()) < 3 * TOLERANCE[case.dtype]
 
 
+def skip_where_missing(backend: str, D: int) -> None:
+    if backend == "fa4":
+        pytest.importorskip("flash_attn.cute")
+    if backend == "gluon" and (
+        reason := _why_not_gluon(torch.empty(0, 0, 0, D, device=DEVICE).bfloat16(), 128)
+    ):
+        pytest.skip(reason)
+
+
 if DEVICE == "cuda":  # elsewhere there is nothing to collect
 
     @pytest.mark.gpu
     @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize(("D", "block_size", "backend"), COMPILED)
     def test_compiled_kernels(D: int, block_size: int, backend: str) -> None:
-        if backend == "fa4":
-            pytest.importorskip("flash_attn.cute")
-        if backend == "gluon" and (
-            reason := _why_not_gluon(torch.empty(0, 0, 0, D, device=DEVICE).bfloat16(), 128)
-        ):
-            pytest.skip(reason)
+        skip_where_missing(backend, D)
         for dtype in (torch.bfloat16, torch.float16):
             for n_queries, n_keys in ((1000, 1000), (300, 1111)):
                 case = Case(2, 4, 2, n_queries, n_keys, D, block_size, 0.4, dtype=dtype)
@@ -159,6 +163,27 @@ if DEVICE == "cuda":  # elsewhere there is nothing to collect
                 expected_grads = loss_and_gradients(expected, expected_lse, (q, k, v))
                 for got, wanted in zip(loss_and_gradients(out, lse, (q, k, v)), expected_grads, strict=True):
                     assert relative(got, wanted.double()) < 2 * TOLERANCE[dtype]
+
+    @pytest.mark.gpu
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize(("D", "block_size", "backend"), COMPILED)
+    def test_more_rows_than_multiprocessors_some_without_blocks(
+        D: int, block_size: int, backend: str
+    ) -> None:
+        """Persistent kernels go from row to row, past those that list nothing."""
+        skip_where_missing(backend, D)
+        for n_queries, n_keys in ((4000, 4000), (3900, 4099)):
+            case = Case(1, 16, 4, n_queries, n_keys, D, block_size, 0.03, dtype=torch.bfloat16)
+            q, k, v, pattern = inputs(case)
+            with torch.no_grad():
+                expected, expected_lse = oracle(q, k, v, pattern.mask(), D**-0.5)
+                out, lse = block_sparse_attention(q, k, v, pattern, return_lse=True, backend=backend)
+            unseen = expected_lse == -math.inf
+            assert unseen.any()
+            assert torch.equal(lse == -math.inf, unseen)
+            assert (out[unseen] == 0).all()
+            assert relative(out, expected) < TOLERANCE[case.dtype]
+            assert (lse - expected_lse)[~unseen].abs().max() < TOLERANCE[case.dtype]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

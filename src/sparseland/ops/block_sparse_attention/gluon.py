@@ -4,7 +4,8 @@ The grid is one program per multiprocessor. Whichever is free takes the next que
 after the other and, within one, from the last block of queries to the first, so that programs that are
 busy together read neighbouring lists from the L2 cache, and the shortest lists come last. The loading
 warp runs ahead through query blocks and lists with bulk copies (TMA); each computing warpgroup owns 64
-rows and overlaps the product of one key block with the softmax of the one before.
+rows, overlaps the product of one key block with the softmax of the one before, and sends its output by a
+bulk copy, too.
 
 Source of the schedule inside a warpgroup: Shah et al. 2024, "FlashAttention-3", section 3.2.
 """
@@ -103,7 +104,7 @@ def _load(
     """The loading warp: queries of each row, then its keys and values, last listed block first."""
     q_desc, k_desc, v_desc = inputs
     q_smem, k_smem, v_smem, notes = buffers
-    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, note_ready, note_empty = barriers
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, note_ready, note_empty, k_read = barriers
     n_rows, H, G, Nq, Nk, Mq, stride_cb, stride_ch, stride_ib, stride_ih, stride_im = sizes
     BYTES: gl.constexpr = 128 * D * 2
     turn = 0
@@ -173,9 +174,9 @@ def _compute(
 
     q_desc, k_desc, v_desc = inputs
     q_smem, k_smem, v_smem, notes = buffers
-    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, note_ready, note_empty = barriers
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, note_ready, note_empty, k_read = barriers
     n_rows, H, G, Nq, Nk, Mq, stride_cb, stride_ch, stride_ib, stride_ih, stride_im = sizes
-    out, lse = outputs
+    o_desc, out, lse = outputs
     q_rows = q_smem.reshape([128, D]).slice(WARPGROUP * 64, 64, dim=0)
     turn = 0
     step = 0
@@ -211,7 +212,10 @@ def _compute(
                 is_async=True,
             )
             s = warpgroup_mma_wait(0, deps=(s,))
-            mbarrier.arrive(k_empty.index(stage), count=1)
+            if count == 1:
+                mbarrier.arrive(k_read, count=1)  # the output needs the place of the last keys
+            else:
+                mbarrier.arrive(k_empty.index(stage), count=1)
             if masked > 0:
                 s = _hide_future(s, position, last, S_LAYOUT)
             b_m = gl.max(s, 1) * scale_log2
@@ -232,7 +236,10 @@ def _compute(
                 mbarrier.wait(v_ready.index(v_stage), v_phase)
                 o = warpgroup_mma(p, v_smem.index(v_stage).reshape([128, D]), o, is_async=True)
                 s = warpgroup_mma_wait(1, deps=(s,))
-                mbarrier.arrive(k_empty.index(stage), count=1)
+                if i == count - 1:
+                    mbarrier.arrive(k_read, count=1)
+                else:
+                    mbarrier.arrive(k_empty.index(stage), count=1)
                 if i < masked:
                     block = before
                     if i > 1:  # only where blocks wholly in the future are listed
@@ -258,24 +265,42 @@ def _compute(
 
         seen = b_l > 0
         b_l = gl.where(seen, b_l, 1.0)
-        o = o * gl.convert_layout(1.0 / b_l, O_ROWS)[:, None]
-        i_row = m0 + gl.arange(0, 64, layout=O_ROWS)
-        i_d = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
         base = (i_b * H + i_h).to(gl.int64) * Nq
-        p_out = out + (base + i_row.to(gl.int64))[:, None] * D + i_d[None, :]
-        gl.store(p_out, o.to(q_desc.dtype), mask=(i_row < Nq)[:, None])
+        if count > 0:
+            # The output leaves through the place of the last keys, once both warpgroups have read them.
+            o = o * gl.convert_layout(1.0 / b_l, O_ROWS)[:, None]
+            mbarrier.wait(k_read, (queries - 1) & 1)
+            place = k_smem.index((step - 1) % STAGES)
+            place = place._reinterpret(q_desc.dtype, [2, 1, 1, 64, D], o_desc.layout).index(WARPGROUP)
+            place.reshape([64, D]).store(o.to(q_desc.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(o_desc, [i_b, i_h, m0, 0], place)
+        else:
+            i_row = m0 + gl.arange(0, 64, layout=O_ROWS)
+            i_d = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
+            p_out = out + (base + i_row.to(gl.int64))[:, None] * D + i_d[None, :]
+            gl.store(p_out, o.to(q_desc.dtype), mask=(i_row < Nq)[:, None])
         if NEED_LSE:
             b_lse = gl.where(seen, (b_m + gl.log2(b_l)) * 0.6931471805599453, float("-inf"))
             i_row = m0 + gl.arange(0, 64, layout=S_ROWS)
             gl.store(lse + base + i_row.to(gl.int64), b_lse, mask=i_row < Nq)
+        if count > 0:
+            tma.store_wait(0)
+            mbarrier.arrive(k_empty.index((step - 1) % STAGES), count=1)
         turn += 1
         mbarrier.wait(note_ready.index(turn % 2), (turn // 2) & 1)
         ticket = _read(notes, turn % 2, 0)
 
 
-@gluon.jit(do_not_specialize=["n_rows", "H", "G", "Nq", "Nk", "Mq", "stride_cb", "stride_ch"])
+# One compilation serves all of them: it takes about 15 seconds.
+_SIZES = (
+    "n_rows", "H", "G", "Nq", "Nk", "Mq", "stride_cb", "stride_ch", "stride_ib", "stride_ih", "stride_im",
+)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_SIZES)
 def _kernel(
-    q_desc, k_desc, v_desc, out, lse, counts, indices, counter,
+    q_desc, k_desc, v_desc, o_desc, out, lse, counts, indices, counter,
     n_rows, H, G, Nq, Nk, Mq, stride_cb, stride_ch, stride_ib, stride_ih, stride_im, scale_log2,
     D: gl.constexpr, STAGES: gl.constexpr, NEED_LSE: gl.constexpr,
 ):  # fmt: skip
@@ -285,6 +310,7 @@ def _kernel(
     notes = gl.allocate_shared_memory(gl.int32, [2 * NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     note_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     note_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_read = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -294,6 +320,7 @@ def _kernel(
     for i in gl.static_range(2):
         mbarrier.init(note_ready.index(i), count=1)
         mbarrier.init(note_empty.index(i), count=2)
+    mbarrier.init(k_read, count=2)
     mbarrier.init(q_ready, count=1)
     mbarrier.init(q_empty, count=2)
     for i in gl.static_range(STAGES):
@@ -304,10 +331,10 @@ def _kernel(
     fence_async_shared()
 
     buffers = (q_smem, k_smem, v_smem, notes)
-    barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, note_ready, note_empty)
+    barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, note_ready, note_empty, k_read)
     lists = (counter, counts, indices)
     sizes = (n_rows, H, G, Nq, Nk, Mq, stride_cb, stride_ch, stride_ib, stride_ih, stride_im)
-    inputs, outputs = (q_desc, k_desc, v_desc), (out, lse)
+    inputs, outputs = (q_desc, k_desc, v_desc), (o_desc, out, lse)
     gl.warp_specialize(
         [
             (
@@ -347,15 +374,15 @@ def forward(
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     n_rows = B * H * Mq
     _kernel[(min(programs, n_rows),)](
-        *(_descriptor(t) for t in (q, k, v)), out, lse, counts, indices, counter,
+        *(_descriptor(t) for t in (q, k, v)), _descriptor(out, 64), out, lse, counts, indices, counter,
         n_rows, H, G, Nq, Nk, Mq, *counts.stride()[:2], *indices.stride()[:3], scale * _LOG2E,
         D, STAGES[D], need_lse, num_warps=4, maxnreg=168,
     )  # fmt: skip
     return out, lse
 
 
-def _descriptor(x: Tensor) -> TensorDescriptor:
-    shape = [1, 1, BLOCK, x.shape[3]]
+def _descriptor(x: Tensor, rows: int = BLOCK) -> TensorDescriptor:
+    shape = [1, 1, rows, x.shape[3]]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), shape, layout)
 
