@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparseland.choosing import NEW_TOKENS, Judge, relative_time, seconds
+from sparseland.frontier.choosing import NEW_TOKENS, Judge, relative_time, seconds
 from sparseland.measure import DECODE_TOKENS
 from sparseland.method import parse_spec
 

@@ -8,6 +8,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sparseland import frontier
+from sparseland.frontier import job, looking
+from sparseland.frontier.options import candidates
+from sparseland.method import parse_spec
 from sparseland.models.tiny import tiny_model
 
 METHODS = [
@@ -34,13 +37,13 @@ def run(tmp_path_factory):
         tolerance=0.05, out=root / "out", dtype="float32",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontier, "TASK_NAMES", ())  # needles need a model that can read
-        patch.setattr(frontier, "SLOWEST", float("inf"))  # times of tiny models tell nothing
+        patch.setattr(looking, "TASK_NAMES", ())  # needles need a model that can read
+        patch.setattr(job, "SLOWEST", float("inf"))  # times of tiny models tell nothing
         result = frontier.run(options)
         rows = [json.loads(line) for line in (root / "out" / "results.jsonl").read_text().splitlines()]
         steps = []
         frontier.run(options, lambda message, done: steps.append(message))
-        patch.setattr(frontier, "SLOWEST", 0.0)
+        patch.setattr(job, "SLOWEST", 0.0)
         hasty = []
         frontier.run(options, lambda message, done: hasty.append(message))
     again = [json.loads(line) for line in (root / "out" / "results.jsonl").read_text().splitlines()]
@@ -49,7 +52,7 @@ def run(tmp_path_factory):
 
 def test_every_candidate_is_screened_once_at_the_shortest_length(run):
     screened = [r for r in run[1] if r.get("stage") == "screen"]
-    assert sorted(r["recipe"][0] for r in screened) == sorted(frontier.parse_spec(m).spec for m in METHODS)
+    assert sorted(r["recipe"][0] for r in screened) == sorted(parse_spec(m).spec for m in METHODS)
     assert {r["length"] for r in screened} == {256}
     assert all((r["decode_ms"] is None) == ("prefill" in slug_roles(r)) for r in screened)
 
@@ -63,7 +66,7 @@ def test_a_cache_is_compared_with_dense_after_as_many_tokens(run):
 
 
 def slug_roles(row):
-    return frontier.parse_spec(row["recipe"][0]).roles
+    return parse_spec(row["recipe"][0]).roles
 
 
 def test_per_role_the_best_of_different_methods_go_on(run):
@@ -71,7 +74,7 @@ def test_per_role_the_best_of_different_methods_go_on(run):
     slugs = {spec.partition(":")[0] for spec in full}
     assert {"flexprefill", "minference", "double-sparsity", "mustafar"} <= slugs
     select = [s for s in full if s.startswith("double-sparsity")]
-    assert len(select) <= frontier.SURVIVORS["select"]
+    assert len(select) <= job.SURVIVORS["select"]
 
 
 def test_a_store_far_slower_than_dense_goes_no_further(run):
@@ -109,8 +112,34 @@ def test_files_are_written_and_a_second_run_measures_nothing_anew(run):
 
 def test_a_default_run_leaves_out_what_has_to_be_trained_and_what_is_for_video():
     left_out = set(frontier.left_out())
-    default = {m.card.slug for m in frontier._candidates(frontier.FrontierOptions())}
+    default = {m.card.slug for m in candidates(frontier.FrontierOptions())}
     assert {"seer-attention", "mminference", "sparse-frontier"} <= left_out
     assert not left_out & default
-    named = frontier._candidates(frontier.FrontierOptions(methods=sorted(left_out) or ["flexprefill"]))
+    named = candidates(frontier.FrontierOptions(methods=sorted(left_out) or ["flexprefill"]))
     assert named
+
+
+def screened(slug, density, excess, time):
+    return job.Screened(slug, density, excess, time)
+
+
+def test_settings_for_prompts_are_measured_from_the_sparsest_on():
+    dense, sparse = screened("dense", 1.0, 0.0, 1.0), screened("sparse", 0.6, 0.0, 1.2)
+    lossy, lossier = screened("lossy", 0.5, 0.01, 0.7), screened("lossier", 0.2, 0.2, 0.4)
+    assert job._in_order([dense, lossy, sparse], "prefill") == ["sparse", "dense"]
+    assert job._in_order([lossier, lossy], "prefill") == ["lossy"]
+    assert job._in_order([dense, sparse, lossy], "select") == ["dense"]
+
+
+def test_a_setting_that_loses_too_much_is_followed_by_the_next():
+    measured = []
+
+    class Stub:
+        measuring = judge = None
+        measure_all = staticmethod(lambda methods, role: measured.append(methods[0].spec))
+        within = staticmethod(lambda specs: specs == [settings[1].spec])
+
+    Stub.measuring = Stub.judge = Stub
+    settings = [parse_spec(f"streaming:window={w}") for w in (16, 32, 64)]
+    assert job.Job._measure_survivor(Stub, settings) == settings[:2]
+    assert measured == [m.spec for m in settings[:2]]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseland.errors import SparselandError
+from sparseland.recipe import write_atomically
 
 
 class RunLog:
@@ -24,9 +25,8 @@ class RunLog:
                     f"{self.path} holds results of another model, text or setting; choose another --out"
                 )
             # A line cut short by an interrupt is dropped, so that the next one starts on its own.
-            self._file = self.path.open("w", encoding="utf-8")
-            for row in self.rows:
-                self._put(row)
+            write_atomically(self.path, "".join(map(_line, self.rows)).encode())
+            self._file = self.path.open("a", encoding="utf-8")
         except OSError as cause:
             raise SparselandError(f"can't write to {out}: {cause.strerror or cause}") from cause
         self.fingerprint = fingerprint
@@ -35,14 +35,11 @@ class RunLog:
         """Append a row; it is on disk when this returns."""
         self.rows.append(row)
         try:
-            self._put(row)
+            self._file.write(_line(row))
+            self._file.flush()
         except OSError as cause:
             raise SparselandError(f"can't write to {self.path}: {cause.strerror or cause}") from cause
         return row
-
-    def _put(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
 
     def of(self, kind: str, **values: Any) -> list[dict[str, Any]]:
         """Rows of a kind with these values."""
@@ -51,6 +48,10 @@ class RunLog:
     def close(self) -> None:
         """Done writing."""
         self._file.close()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparseland.frontier.runlog import RunLog
 from sparseland.measure import DECODE_TOKENS
 from sparseland.method import Method, Role, parse_spec
 from sparseland.report.words import recipe_name
-from sparseland.runlog import RunLog
 
 # A request, for choosing the fastest recipe: the prompt and this many new tokens.
 NEW_TOKENS = 128

@@ -1,0 +1,214 @@
+"""The order of work of one run: what is measured, chosen and looked at more closely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparseland.frontier.choosing import Judge, relative_time
+from sparseland.frontier.looking import TASK_SAMPLES, draw_maps, inspect, score_tasks
+from sparseland.frontier.measuring import Measuring
+from sparseland.frontier.options import FrontierOptions, left_out
+from sparseland.frontier.runlog import RunLog
+from sparseland.machine import circumstances
+from sparseland.method import Method, Role, method_class, method_slugs, parse_spec
+from sparseland.models import LoadedModel
+from sparseland.recipe import Recipe
+from sparseland.report import write_report
+
+SCHEMA = 1
+TASK_RECIPES = 1  # besides dense
+# Screening: with more candidates than this, each is first tried on one prompt of the shortest length, where
+# least can be left out (and a few decoded tokens, if it acts on them); per role the best of different
+# methods go on.
+SCREEN_ABOVE = 8
+# A store or a linear layer this much slower than dense goes no further: a prompt of up to ``SIMILAR`` times
+# the tokens would not turn that round.
+SLOWEST = 1.25
+SIMILAR = 4
+SURVIVORS: dict[Role, int] = {"prefill": 3, "select": 1, "store": 1, "linear": 1}
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class FrontierResult:
+    """Rows of ``results.jsonl`` of kind ``measurement``, the choice, and where the files are."""
+
+    rows: list[dict[str, Any]]
+    choice: dict[str, Any] | None
+    out: Path
+
+
+@dataclass(frozen=True)
+class Screened:
+    """A setting as its screening found it: density, loss beyond the tolerance, time against dense's."""
+
+    method: Method
+    density: float
+    excess: float
+    time: float
+
+
+def _in_order(settings: Sequence[Screened], role: Role) -> list[Method]:
+    """A method's settings in the order in which they are measured in full.
+
+    For prompts those within the tolerance, the sparsest first: the time of a short prompt tells little of a
+    long one's, and what computes everything there shows no loss. Otherwise the fastest of them; if there is
+    none, the one that is nearest to the tolerance.
+    """
+    fit = [t for t in settings if t.excess == 0]
+    if role == "prefill" and fit:
+        return [t.method for t in sorted(fit, key=lambda t: (t.density, t.time))]
+    return [min(settings, key=lambda t: (t.excess, t.time)).method]
+
+
+class Job:
+    """One run of the frontier: shared state of its steps."""
+
+    def __init__(
+        self,
+        options: FrontierOptions,
+        loaded: LoadedModel,
+        text: str,
+        ids: Tensor,
+        log: RunLog,
+        say: Progress,
+    ) -> None:
+        self.options, self.loaded, self.text, self.log = options, loaded, text, log
+        self.lengths = sorted(set(options.lengths))
+        self.measuring = Measuring(loaded.model, ids, self.lengths, log, self._tick)
+        self.judge = Judge(log, self.lengths, options.tolerance)
+        self._say, self._done, self._total = say, 0.0, 1.0
+
+    def run(self, candidates: Sequence[Method]) -> FrontierResult:
+        """All steps in order."""
+        measuring = self.measuring
+        # Work is counted in tokens: about two dense-equivalents of tasks, controls and compositions each.
+        screened = len(candidates) > SCREEN_ABOVE
+        kept = min(len(candidates), sum(SURVIVORS.values())) if screened else len(candidates)
+        self._total = (kept + 12 + (1 + TASK_RECIPES) * TASK_SAMPLES) * sum(self.lengths)
+        self._total += len(candidates) * self.lengths[0] if screened else 0
+        self.log.add(self._run_row())
+        before = {n: measuring.measure_dense(n) for n in self.lengths}
+        settings = self._screen(candidates) if screened else [[method] for method in candidates]
+        survivors = [method for some in settings for method in self._measure_survivor(some)]
+        for control in self._controls(survivors):
+            measuring.measure_all([control], "control")
+        for composition in self.judge.compositions(survivors):
+            measuring.measure_all(composition, "composition")
+        for n in self.lengths:
+            after = measuring.time_dense(n)
+            self.log.add({"kind": "drift", "length": n, "before_s": before[n], "after_s": after})
+        choice = self.judge.choose()
+        inspect(measuring, survivors)
+        recipes = [[], *self.judge.finalists()[:TASK_RECIPES]]
+        score_tasks(measuring, self.loaded, self.text, recipes, self.options.seed)
+        draw_maps(measuring, [parse_spec(s) for s in choice["recipe"]], survivors)
+        recipe = self._recipe(choice)
+        recipe.save(self.options.out / "recipe.json")
+        self.log.add(choice)
+        self.log.close()
+        self._say("writing the report", 1.0)
+        write_report(self.log.path, self.options.out / "report.html")
+        return FrontierResult(measuring.rows(), choice, self.options.out)
+
+    def _screen(self, candidates: Sequence[Method]) -> list[list[Method]]:
+        """Try every candidate shortly at the shortest length; per role the best methods go on.
+
+        Returns:
+            for each method that goes on, the settings to measure in full until one is within the tolerance
+            (see ``_in_order``). Methods within the tolerance come first, the fastest in front: what exceeds
+            it on a short prompt could not be chosen, whatever it does on longer ones; nor could a store or a
+            linear layer that is far slower than dense.
+        """
+        length = self.lengths[0]
+        similar = self.lengths[-1] <= SIMILAR * length
+        found: dict[Role, dict[str, list[Screened]]] = {role: {} for role in SURVIVORS}
+        for method in candidates:
+            self._tick(f"screening {method.spec}", length)
+            self.measuring.measure_one([method], "method", length, stage="screen")
+            rows = self.measuring.rows(recipe=[method.spec], length=length, stage="screen", status="ok")
+            if rows:
+                row, role = rows[-1], next(r for r in SURVIVORS if r in method.roles)
+                tried = Screened(method, row["density"], self.judge.excess(row), relative_time(row))
+                if role in ("store", "linear") and similar and tried.time > SLOWEST:
+                    continue
+                found[role].setdefault(method.card.slug, []).append(tried)
+        survivors: list[list[Method]] = []
+        for role, by_slug in found.items():
+            # By loss where the tolerance is exceeded, else by time.
+            ranked = sorted(by_slug.values(), key=lambda settings: min((t.excess, t.time) for t in settings))
+            survivors += [_in_order(settings, role) for settings in ranked[: SURVIVORS[role]]]
+        return survivors
+
+    def _measure_survivor(self, settings: Sequence[Method]) -> list[Method]:
+        """Measure a method's settings until one stays within the tolerance at every length."""
+        measured: list[Method] = []
+        for method in settings:
+            self.measuring.measure_all([method], "method")
+            measured.append(method)
+            if self.judge.within([method.spec]):
+                break
+        return measured
+
+    def _controls(self, candidates: Sequence[Method]) -> list[Method]:
+        """Dense on the same kernels, and controls at the density of the best prefill method.
+
+        The first shows what the kernels alone win, the others what the choice of pairs does.
+        """
+        if self.options.methods:
+            return []
+        dense = method_class("dense").full_budget(self.lengths[-1])
+        method = self.judge.best(candidates, "prefill")
+        if method is None:
+            return [dense]
+        row = self.judge.full([method.spec], self.lengths[-1])[-1]
+        classes = [method_class(s) for s in method_slugs()]
+        return [dense] + [
+            cls.at_density(row["density"], self.lengths[-1])
+            for cls in classes
+            if cls.card.control and cls.card.slug != "dense"
+        ]
+
+    def _recipe(self, choice: dict[str, Any]) -> Recipe:
+        methods = [parse_spec(s) for s in choice["recipe"]]
+        known = self.measuring.known(methods)
+        if any(m.calibrates() and m.card.slug not in known for m in methods):
+            # A resumed run measured it before; learn it again, from the same tokens.
+            with self.measuring.applied(methods):
+                known = self.measuring.known(methods)
+        rows = [r for n in self.lengths for r in self.judge.full(choice["recipe"], n)]
+        kept = [{k: v for k, v in r.items() if k != "head_density"} for r in rows]
+        evidence = {"reason": choice["reason"], "measurements": kept, **circumstances(self.options.command)}
+        return Recipe.of(self.loaded.model, methods, known, evidence)
+
+    def _run_row(self) -> dict[str, Any]:
+        model: Any = self.loaded.model
+        tokens = self.measuring.ids.numel()
+        config = model.config.get_text_config()
+        heads = config.num_attention_heads
+        return {
+            "kind": "run", "schema": SCHEMA, "fingerprint": self.log.fingerprint,
+            **circumstances(self.options.command),
+            "model": {
+                "name": self.loaded.name,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "layers": config.num_hidden_layers, "heads": heads,
+                "kv_heads": getattr(config, "num_key_value_heads", heads),
+                "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+                "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            },
+            "text": {"name": str(self.options.text or "Python documentation"), "tokens": tokens},
+            "lengths": self.lengths, "tolerance": self.options.tolerance,
+            "not_measured": [] if self.options.methods else left_out(),
+        }  # fmt: skip
+
+    def _tick(self, message: str, tokens: float) -> None:
+        """Tell what comes next; the share of work is counted in tokens."""
+        self._say(message, min(self._done / self._total, 0.99))
+        self._done += tokens

@@ -1,0 +1,75 @@
+"""What a run of the frontier was asked for, and the settings that it therefore tries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sparseland.errors import SparselandError
+from sparseland.method import Method, method_class, method_slugs, parse_spec
+
+# A default run takes the last settings of each grid: the likeliest to stay within a small tolerance. Where
+# calibration takes minutes on a CPU, only the last.
+DEFAULT_SETTINGS = 2
+SLOW_SETTINGS = 1
+
+
+@dataclass(frozen=True)
+class FrontierOptions:
+    """What ``sparseland frontier`` was asked for.
+
+    Args:
+        model: Hugging Face id or folder; None = the embedded default.
+        text: file or folder; None = the default text.
+        methods: specs; a bare slug stands for its grid; empty = every method.
+        lengths: prompt lengths in tokens.
+        tolerance: allowed relative increase of the loss, e.g. 0.01.
+        out: folder for recipe.json, results.jsonl, report.html.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        device: torch device; None = CUDA if there is one.
+        rope_scale: YaRN factor for lengths beyond the model's own context.
+        seed: for the tasks.
+        command: shown in the report.
+    """
+
+    model: str | None = None
+    text: Path | None = None
+    methods: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=lambda: [2048, 4096])
+    tolerance: float = 0.01
+    out: Path = Path("frontier")
+    dtype: str = "auto"
+    device: str | None = None
+    rope_scale: float | None = None
+    seed: int = 0
+    command: str = "sparseland frontier"
+
+
+def check(options: FrontierOptions) -> None:
+    if not options.lengths or min(options.lengths) < 128:
+        raise SparselandError(f"lengths={options.lengths} is not allowed; each must be at least 128 tokens")
+    if not 0 <= options.tolerance < 10:
+        raise SparselandError(f"tolerance={options.tolerance} is not allowed; it must be >= 0 and < 10")
+
+
+def candidates(options: FrontierOptions) -> list[Method]:
+    """The methods to measure, grids expanded; controls wait for a density to be compared at."""
+    longest = max(options.lengths)
+    chosen: list[Method] = []
+    for spec in options.methods or [s for s in method_slugs() if s not in left_out()]:
+        if ":" in spec:
+            chosen.append(parse_spec(spec))
+        elif not method_class(spec).card.control:
+            grid = method_class(spec).grid(longest)
+            few = SLOW_SETTINGS if method_class(spec).calibrates_slowly else DEFAULT_SETTINGS
+            chosen.extend(grid if options.methods else grid[-few:])
+        elif options.methods and spec != "dense":
+            chosen.append(parse_spec(spec))
+    return chosen
+
+
+def left_out() -> dict[str, str]:
+    """Methods measured only if they are named, and why."""
+    classes = [method_class(slug) for slug in method_slugs()]
+    why = {c.card.slug: "it has to be trained first" for c in classes if c.card.training == "training"}
+    return why | {c.card.slug: c.left_out for c in classes if c.left_out}
