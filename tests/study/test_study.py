@@ -12,10 +12,11 @@ from sparseland.attention.sparse_frontier import UNITS, SparseFrontier
 from sparseland.cli import main
 from sparseland.errors import SparselandError
 from sparseland.models import load_model
+from sparseland.rowfile import read_rows
 from sparseland.study import ask, job
 from sparseland.study.analysis import can_do, sample_scores, summary
 from sparseland.study.job import StudyOptions, measure
-from sparseland.study.journal import Journal, read_rows
+from sparseland.study.journal import Journal
 from sparseland.study.page import write_page
 from sparseland.tasks import TASKS
 from sparseland.tasks.text import default_text

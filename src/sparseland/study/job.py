@@ -198,7 +198,7 @@ class _Model:
 
     def _measure(self, wanted: Sequence[tuple[str, int]], made: Sequence[Future[list[Sample]]]) -> None:
         self.journal = self.lazy.journal
-        if not self.journal.find("model", model=self.name):
+        if not self.journal.of("model", model=self.name):
             dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
             shape = {name: getattr(self.shape, name) for name in self.shape.__dataclass_fields__}
             device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
@@ -215,7 +215,7 @@ class _Model:
         for unit in self.options.units:
             for compression in sorted({c for c in self.options.compressions if c > 1}):
                 place = {"model": self.name, "length": length, "unit": unit, "compression": compression}
-                known = self.journal.find("setting", **place)
+                known = self.journal.of("setting", **place)
                 if not known:
                     if unit in ("vertical-slash", "flexprefill") and inputs is None:
                         self.say(f"{self.name}: fitting budgets, {length} tokens", self.done / self.total)
@@ -257,7 +257,7 @@ class _Model:
             what = "dense" if unit == "dense" else f"{unit} {compression:g}x"
             self.say(f"{self.name}: {task}, {length} tokens, {what}", min(1.0, self.done / self.total))
             self.done += length
-            known = self.journal.find("cell", status="ok", **place)
+            known = self.journal.of("cell", status="ok", **place)
             if known or self._late() or (unit != "dense" and self._beyond(task, length)):
                 continue
             begun = time.perf_counter()
@@ -273,9 +273,7 @@ class _Model:
 
     def _beyond(self, task: str, length: int) -> bool:
         """Whether the dense model can't do a task, so that what sparse settings do would not count."""
-        dense = self.journal.find(
-            "cell", status="ok", model=self.name, task=task, length=length, unit="dense"
-        )
+        dense = self.journal.of("cell", status="ok", model=self.name, task=task, length=length, unit="dense")
         return not self.options.uncounted and bool(dense) and not can_do(dense[0])
 
     def _late(self) -> bool:
