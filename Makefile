@@ -32,8 +32,7 @@ gpu-test:  ## on a machine with a CUDA device and the package's dependencies: ke
 	PYTHONPATH=src $(PYTHON) -m pytest -q -m "not slow" tests/ops tests/attention tests/test_apply.py tests/test_gpu_devices.py
 
 gpu-memcheck:  ## there, too: no kernel reads or writes outside its tensors (needs NVIDIA's compute-sanitizer)
-	PYTHONPATH=src PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-		$(PYTHON) -m pytest -q -k "first or compiled_kernels" tests/test_gpu_devices.py tests/ops
+	$(PYTHON) tests/memcheck.py
 
 bench: $(STAMP)  ## CPU numbers of this machine into benchmarks/results
 	$(BIN)/python benchmarks/cpu_ops.py --out benchmarks/results/cpu_ops.json

@@ -1,6 +1,6 @@
 """Decoding ops on a GPU: correctness, then times against the dense rivals and the bytes that must be read.
 
-    PYTHONPATH=src python benchmarks/gpu_decode.py --out FILE.json [--sweep] [--only gather,bitmap,gemv]
+    PYTHONPATH=src python benchmarks/gpu_decode.py --out FILE.json [--sweep] [--only labels,gemv]
 
 Times are medians over replays of a CUDA graph, divided by the calls in it. Each call of a graph has other
 data (index lists, caches or weights), together several times the L2 cache, so that no call finds what
@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sparseland.machine import machine, now, versions
 from sparseland.ops.bitmap_cache import bitmap_decode, compress, decompress
 from sparseland.ops.bitmap_cache import triton as bitmap_triton
+from sparseland.ops.channel_labels import label_scores, row_width, write_labels
 from sparseland.ops.gather_decode import gather_decode
 from sparseland.ops.gather_decode import triton as gather_triton
 from sparseland.ops.sparse_gemv import sparse_gemv
@@ -322,6 +323,69 @@ def bitmap_sweep(qs: list[Tensor], packed: list[Any]) -> list[Row]:
     return sorted(rows, key=lambda row: row.get("ms", math.inf))
 
 
+# --------------------------------------------------------------------------------------- Double Sparsity
+
+
+def labels_section(bandwidth: float) -> list[Row]:
+    """A whole decoding step of Double Sparsity: the new token's label, scores, the best, their attention.
+
+    A sixteenth of the tokens by a quarter of the channels, the paper's setting; lists per query head as in
+    the paper, or one for the query heads that share keys. The last rows are Llama-2-7B's heads, 32 of both.
+    """
+    rows = []
+    shapes = [(b, n, KV_HEADS) for b, n in itertools.product((1, 8), (32768, 131072))]
+    for batch, n, kv_heads in (*shapes, (1, 16384, HEADS), (8, 16384, HEADS)):
+        q, k, v = randn(batch, HEADS, 1, DIM), *(randn(batch, kv_heads, n, DIM) for _ in range(2))
+        dense = dense_times([q], [k], [v])
+        for lists, bits in itertools.product(sorted({kv_heads, HEADS}), (4, 16)):
+            row: Row = {
+                "batch": batch, "tokens": n, "kv_heads": kv_heads, "listed": n // 16, "bits": bits,
+                "lists_per": "key head" if lists == kv_heads else "query head", **dense,
+            }  # fmt: skip
+            rows.append(row | labels_row(q, k, v, lists, bits, bandwidth))
+            rows[-1]["speedup"] = dense["dense_ms"] / rows[-1]["ms"]
+        del k, v
+        torch.cuda.empty_cache()
+    return rows
+
+
+def labels_row(q: Tensor, k: Tensor, v: Tensor, lists: int, bits: int, bandwidth: float) -> Row:
+    batch, _, n, _ = k.shape
+    count, listed = DIM // 4, n // 16
+    channels = torch.rand(lists, DIM, device="cuda").argsort(-1)[:, :count]
+    width = row_width(count, bits)
+    size = batch * lists * (n * (width * 2 if bits == 16 else width + 4) + listed * DIM * 2 * 2)
+    caches = []
+    for _ in range(max(1, math.ceil(BEYOND_L2 / size))):
+        labels = k.new_empty(batch, lists, n, width, dtype=k.dtype if bits == 16 else torch.uint8)
+        ranges = None if bits == 16 else k.new_empty(batch, lists, n, 2, dtype=torch.float16)
+        write_labels(k, channels, bits, labels, ranges, 0)
+        caches.append((labels, ranges))
+
+    def score(labels: Tensor, ranges: Tensor | None) -> Tensor:
+        scores = label_scores(q, channels, bits, labels, ranges)
+        return scores if lists == HEADS else scores.unflatten(1, (lists, -1)).amax(2)
+
+    def step(labels: Tensor, ranges: Tensor | None) -> Tensor:
+        write_labels(k[:, :, -1:], channels, bits, labels, ranges, n - 1)
+        index = score(labels, ranges).topk(listed, dim=-1, sorted=False).indices
+        return gather_decode(q, k, v, index)
+
+    scores = [score(*cache) for cache in caches]
+    indices = [x.topk(listed, dim=-1, sorted=False).indices for x in scores]
+    new = k[:, :, -1:]
+    ideal = 1e3 * size / bandwidth
+    ms = graph_ms([partial(step, *cache) for cache in caches])
+    return {
+        "ideal_ms": ideal, "ms": ms, "of_ideal": ideal / ms,
+        "no_graph_ms": median_ms(partial(step, *caches[0])),
+        "write_ms": graph_ms([partial(write_labels, new, channels, bits, *cache, n - 1) for cache in caches]),
+        "score_ms": graph_ms([partial(score, *cache) for cache in caches]),
+        "topk_ms": graph_ms([partial(torch.topk, x, listed, sorted=False) for x in scores]),
+        "read_ms": graph_ms([partial(gather_decode, q, k, v, i) for i in indices]),
+    }  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------- weights
 
 
@@ -385,7 +449,7 @@ def table(result: Row) -> str:
         bad = [r for r in checks if not r["ok"]]
         lines.append(f"correct: {len(checks) - len(bad)} of {len(checks)}")
         lines += [f"  WRONG {r['op']} {r['case']}: {r['errors']}" for r in bad]
-    for name in ("gather", "bitmap", "gemv"):
+    for name in ("gather", "bitmap", "labels", "gemv"):
         rows = result.get(name)
         if not isinstance(rows, list):
             continue
@@ -394,7 +458,7 @@ def table(result: Row) -> str:
             if "speedup" not in r:
                 lines.append(f"  {r['what']}: {r['ms']:.4f} ms ({r['no_graph_ms']:.4f} without a graph)")
                 continue
-            keys = ("batch", "tokens", "listed", "lists_per", "in", "out", "sparsity")
+            keys = ("batch", "tokens", "kv_heads", "listed", "lists_per", "bits", "in", "out", "sparsity")
             shape = " ".join(f"{k}={r[k]}" for k in keys if k in r)
             extra = f" naive {r['naive_speedup']:.1f}x sorted {r['sorted_ms']:.4f}" if "naive_ms" in r else ""
             lines.append(
@@ -413,7 +477,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sweep", action="store_true", help="also time candidate tiles")
-    parser.add_argument("--only", default="check,gather,bitmap,gemv", help="sections to run")
+    parser.add_argument("--only", default="check,gather,bitmap,labels,gemv", help="sections to run")
     options = parser.parse_args()
     torch.manual_seed(0)
     started = time.time()
@@ -432,6 +496,7 @@ def main() -> None:
         "check": check,
         "gather": lambda: gather_section(bandwidth, options.sweep),
         "bitmap": lambda: bitmap_section(bandwidth, options.sweep),
+        "labels": lambda: labels_section(bandwidth),
         "gemv": lambda: gemv_section(bandwidth, options.sweep),
     }
     with torch.inference_mode():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from sparseland.cache.double_sparsity import DoubleSparsity, LabelState, pack, quantise
+from sparseland.cache.double_sparsity import DoubleSparsity, LabelState
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs, Calibration, parse_spec
 
@@ -189,21 +189,6 @@ def test_labels_are_stored_in_their_bits(bits: int) -> None:
     per_row = D // 2 * bits // 8 + 4  # packed codes, and a float16 minimum and step
     assert state.nbytes() == B * HQ * N * per_row
     assert state.rows.dtype == torch.uint8
-
-
-def test_pack_keeps_every_code() -> None:
-    codes = torch.randint(0, 4, (3, 5, 7), dtype=torch.uint8)
-    packed = pack(codes, 2)
-    assert packed.shape == (3, 5, 2)
-    planes = torch.cat([(packed >> (2 * i)) & 3 for i in range(4)], dim=-1)
-    assert torch.equal(planes[..., :7], codes)
-
-
-def test_quantise_survives_constant_rows() -> None:
-    x = torch.stack([torch.full((8,), 2.5), torch.zeros(8), torch.full((8,), -3.0)])
-    codes, ranges = quantise(x, 4)
-    low, step = ranges.float().unbind(-1)
-    assert torch.equal(low[:, None] + step[:, None] * codes, x)
 
 
 @pytest.mark.parametrize("group", ["head", "mean"])

@@ -50,6 +50,7 @@ def filled(n: int, *, steps: int = 0, seed: int = 0, **params) -> tuple[BitmapSt
     store.append(k[:, :, : n - steps], v[:, :, : n - steps])
     for i in range(n - steps, n):
         store.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+    store.settle()  # as after a step's attention
     assert len(store) == n
     return store, k, v
 
@@ -60,6 +61,7 @@ def test_old_tokens_are_pruned_as_the_paper_says_and_new_ones_untouched(sparsity
     k, v = make_kv(70, dim=dim)
     store = Mustafar(sparsity=sparsity, window=8, group=1).new_store(0)
     store.append(k, v)
+    store.settle()
     for got, given in zip(store.dense(), (k, v), strict=True):
         assert torch.equal(got[:, :, :62], prune(given[:, :, :62], sparsity))
         assert torch.equal(got[:, :, 62:], given[:, :, 62:])
@@ -86,6 +88,41 @@ def test_pruning_follows_the_schedule(group: int, steps: int) -> None:
         keys = store.dense()[0]
         assert torch.equal(keys[:, :, pruned:], k[:, :, pruned:])
         assert ((keys[:, :, :pruned] != 0).sum(-1) == kept_elements(D, 0.7)).all()
+
+
+def test_a_step_sees_the_token_that_leaves_the_window_dense_and_prunes_it_then() -> None:
+    store, k, v = filled(50, steps=3, window=10)
+    new_k, new_v = make_kv(1, seed=1)
+    store.append(new_k, new_v)
+    assert torch.equal(store.dense()[0][:, :, 40:50], k[:, :, 40:])  # ten before it, and the new one
+    assert torch.equal(store.dense()[0][:, :, 50:], new_k)
+    q = torch.randn(B, HQ, 1, D)
+    want = attention(q, *store.dense(), 0.1)
+    torch.testing.assert_close(store.attend(q, 0.1), want, atol=2e-5, rtol=1e-4)
+    assert torch.equal(store.dense()[1][:, :, 40:41], prune(v[:, :, 40:41], 0.7))
+    assert torch.equal(store.dense()[1][:, :, 41:50], v[:, :, 41:])
+
+
+def test_a_prompt_in_pieces_is_dense_until_the_first_step() -> None:
+    k, v = make_kv(60)
+    store = Mustafar(window=10).new_store(0)
+    for part in (slice(0, 25), slice(25, 59)):
+        store.append(k[:, :, part], v[:, :, part])
+        assert torch.equal(store.dense()[0], k[:, :, : part.stop])
+    store.append(k[:, :, 59:], v[:, :, 59:])
+    assert torch.equal(store.dense()[0][:, :, :49], prune(k[:, :, :49], 0.7))
+
+
+def test_with_groups_a_padded_row_prunes_at_other_steps_than_alone() -> None:
+    """What the card admits."""
+    k, v = make_kv(60)
+    padded, alone = (Mustafar(window=10, group=16).new_store(0) for _ in range(2))
+    padded.append(k[1:], v[1:])
+    alone.append(k[1:, :, 7:], v[1:, :, 7:])
+    for store in (padded, alone):
+        store.settle()
+    dense = [(s.dense()[0] == 0).any(-1).logical_not().all((0, 1)).sum().item() for s in (padded, alone)]
+    assert dense == [12, 21]  # 50 - 3 * 16 and 43 - 2 * 16, and the window of 10
 
 
 @pytest.mark.parametrize("first", [None, [0, 13], [60, 113]])
@@ -128,6 +165,8 @@ def test_bytes_are_saved_and_follow_the_formula(sparsity: float, dtype: torch.dt
     k, v = make_kv(n, dtype=dtype)
     store = Mustafar(sparsity=sparsity, window=window, group=1).new_store(0)
     store.append(k, v)
+    assert store.nbytes() == 2 * k.nbytes  # a prompt is dense until the first token after it
+    store.settle()
     per_vector = kept_elements(D, sparsity) * k.element_size() + D // 8
     assert store.nbytes() == 2 * B * HKV * ((n - window) * per_vector + window * D * k.element_size())
     assert store.nbytes() < {0.5: 0.67, 0.7: 0.48}[sparsity] * 2 * k.nbytes
@@ -157,6 +196,7 @@ def test_beams_and_crops() -> None:
     assert torch.equal(store.dense()[0], before[:, :, :40])
     new_k, new_v = make_kv(30, seed=5)
     store.append(new_k, new_v)
+    store.settle()
     assert len(store) == 70
     assert torch.equal(
         store.dense()[0], torch.cat([before[:, :, :40], prune(new_k[:, :, :22], 0.7), new_k[:, :, 22:]], 2)
@@ -199,6 +239,7 @@ def test_half_precision_keeps_values_exactly() -> None:
     k, v = make_kv(60, dtype=torch.bfloat16)
     store = Mustafar(window=8, group=1).new_store(0)
     store.append(k, v)
+    store.settle()
     old, given = store.dense()[0][:, :, :52], k[:, :, :52]
     assert ((old == 0) | (old == given)).all()
     # Few bits make ties: which of two equal elements stays is free, their size is not.

@@ -21,6 +21,13 @@ def fed(model, ids=IDS, cache=None):
     return model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
 
 
+def settled(cache):
+    """As the first token after a prompt finds it."""
+    for layer in cache.layers:
+        layer.store.settle()
+    return cache
+
+
 def applied(model, *specs):
     return sl.apply(model, list(specs), calibration_ids=IDS)
 
@@ -78,7 +85,7 @@ def test_a_store_counts_what_it_holds(model):
     # Behind the window: 8 bytes of bitmap and half the channels.
     per_vector = 8 + DIM // 2 * 4
     with applied(model, STORE):
-        found = cache_nbytes(fed(model))
+        found = cache_nbytes(settled(fed(model)))
     vectors = LAYERS * BATCH * 2 * KV_HEADS
     assert found == vectors * ((LENGTH - 16) * per_vector + 16 * DIM * 4)
     assert found < dense_bytes()
@@ -88,9 +95,9 @@ def test_both_together(model):
     with applied(model, SELECT):
         labels = cache_nbytes(fed(model)) - dense_bytes()
     with applied(model, STORE):
-        stored = cache_nbytes(fed(model))
+        stored = cache_nbytes(settled(fed(model)))
     with applied(model, SELECT, STORE):
-        assert cache_nbytes(fed(model)) == labels + stored
+        assert cache_nbytes(settled(fed(model))) == labels + stored
 
 
 # ------------------------------------------------------------------ wrapping
@@ -216,6 +223,8 @@ def test_a_cache_lives_on_after_remove(model, kind):
     token = torch.tensor([[5], [9]])
     handle = applied(model, *METHODS[kind])
     cache = fed(model)
+    if kind != "select":
+        settled(cache)
     keys, values = (getattr(cache.layers[0], name).clone() for name in ("keys", "values"))
     handle.remove()
     found = step(model, cache, token)
@@ -225,3 +234,69 @@ def test_a_cache_lives_on_after_remove(model, kind):
     assert cache.get_seq_length() == LENGTH + 1
     assert torch.equal(cache.layers[0].keys[:, :, : LENGTH - 16], keys[:, :, : LENGTH - 16])
     assert values.shape == (BATCH, KV_HEADS, LENGTH, DIM)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_cropping_by_nothing_changes_nothing(model, kind):
+    token = torch.tensor([[5], [9]])
+    with applied(model, *METHODS[kind]):
+        cache = fed(model)
+        cache.crop(0)
+        assert cache.get_seq_length() == LENGTH
+        found = step(model, cache, token)
+        assert torch.equal(found, step(model, fed(model), token))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "mustafar:sparsity=0", "s2-attention:vert_stride=1", "masformer:span=4096,full=0",
+        "dynamic-mask-attention", "sparse-frontier:unit=snapkv,capacity=4096",
+        "sparse-frontier:unit=quest,budget=4096", "double-sparsity:budget=1",
+    ],
+)  # fmt: skip
+def test_assisted_decoding_is_dense_at_full_budget(model, spec):
+    """Guesses are checked several at a time; the cache is cropped by those that were wrong, often none."""
+    ids = IDS[:1, :12].repeat(1, 6)
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    want = model.generate(ids, **options)
+    with applied(model, spec):
+        assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **options), want)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "dynamic-mask-attention:keep=60", "masformer:full=1,span=8", "masformer:full=1,span=8,sinks=2",
+        "s2-attention:block_size=16,local_blocks=1,vert_stride=2", "sparse-frontier:unit=quest,budget=16",
+        STORE, SELECT,
+    ],
+)  # fmt: skip
+def test_an_emptied_cache_is_as_new(model, spec):
+    """Not even where the padding of the tokens before ended is remembered."""
+    padded = torch.ones_like(IDS)
+    padded[0, :17] = 0
+
+    @torch.no_grad()
+    def run(cache):
+        steps = [model(input_ids=IDS[:, :33], past_key_values=cache, use_cache=True).logits[:, -1]]
+        for i in range(33, 38):
+            steps.append(step(model, cache, IDS[:, i : i + 1])[:, -1])
+        return torch.stack(steps)
+
+    with applied(model, spec):
+        fresh = run(DynamicCache(config=model.config))
+        used = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=IDS, attention_mask=padded, past_key_values=used, use_cache=True)
+        used.crop(-LENGTH)
+        assert used.get_seq_length() == 0
+        assert torch.equal(run(used), fresh)
+
+
+def test_a_cache_that_dropped_tokens_can_be_repeated(model):
+    with applied(model, "sparse-frontier:unit=snapkv,capacity=16,window=4,probe=8,kernel=5"):
+        cache = fed(model)
+        step(model, cache, IDS[:, :1])
+        cache.batch_repeat_interleave(2)
+        assert step(model, cache, IDS[:, :1].repeat_interleave(2, 0)).shape[0] == 2 * BATCH

@@ -102,7 +102,8 @@ class SparseFrontier(PrefillMethod, StoreMethod, SelectMethod):
             "flexprefill counts the forced columns and diagonals first, so that what it takes reaches the "
             "coverage",
             "tokens are dropped when the first token is decoded, not layer by layer: a prompt in pieces is "
-            "scored as a whole, at the price of the whole prompt's cache until then",
+            "scored as a whole, at the price of the whole prompt's cache until then (a last piece of one "
+            "token is taken for decoding's first)",
         ),
         limits=(
             "the budgets belong to prompts of 16K tokens and more; at_sparsity() fits them to a length",

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparseland.errors import SparselandError
-from sparseland.method import AttentionInputs, Calibration, Card, SelectMethod, SelectState, param
+from sparseland.method import AttentionInputs, Calibration, Card, SelectMethod, SelectState, param, with_room
+from sparseland.ops.channel_labels import label_scores, row_width, write_labels
 
 # The authors cut their calibration text into blocks of this many tokens.
 CALIBRATION_BLOCK = 512
@@ -54,6 +54,9 @@ class DoubleSparsity(SelectMethod):
             "key labels are really packed into their bits; the query's label, which nothing stores, is not "
             "rounded (the authors' accuracy code rounds both)",
             "the token budget is a fraction of the cache with a floor; the authors' code fixes a number",
+            "caches shorter than min_length=256 tokens are read whole; the paper reads its 128 tokens from "
+            "129 on (min_length=0)",
+            "the paper's DS-Offload, which keeps keys and values in the host's memory, is left out",
             "group=mean and group=max (one selection per key head) are ours; the paper's is per query head",
         ),
         limits=(
@@ -165,9 +168,7 @@ class DoubleSparsity(SelectMethod):
 
     def append(self, state: SelectState, k_new: Float[Tensor, "B Hkv n D"]) -> None:
         assert isinstance(state, LabelState)
-        if state.channels is not None:
-            state.channels = state.channels.to(k_new.device)  # once: a later step finds it there
-            state.push(_labels(k_new, state.channels))
+        state.push(k_new)
 
     def select(
         self,
@@ -186,14 +187,12 @@ class DoubleSparsity(SelectMethod):
             columns = max(columns, min(length, self.min_length - 1))
         if columns >= length:
             return None
-        scores = state.scores(x.q)  # (B, Hq, N)
+        scores = state.scores(x.q, first_key)  # (B, Hq, N)
         if self.group != "head":
             scores = torch.unflatten(scores, 1, (x.k.shape[1], x.group))
             scores = scores.mean(2) if self.group == "mean" else scores.amax(2)
         if first_key is None:
             return scores.topk(columns, dim=-1, sorted=False).indices
-        padded = torch.arange(length, device=scores.device) < first_key[:, None]
-        scores = scores.masked_fill(padded[:, None], -torch.inf)
         # Each row reads what its own length entitles it to: sorted, so that the rest can be cut off.
         index = scores.topk(columns, dim=-1).indices
         valid = length - first_key
@@ -222,99 +221,39 @@ class LabelState(SelectState):
         self.channels = channels
         self.bits = bits
         # (smallest value, step) of each row, in half precision like the authors' labels.
-        self._ranges = SelectState()
+        self._ranges: Tensor | None = None
 
-    def push(self, new: Float[Tensor, "B H n C"]) -> None:
-        if self.bits == 16:
-            super().push(new)
+    def push(self, new: Float[Tensor, "B Hkv n D"]) -> None:
+        """Append the labels of new keys."""
+        if self.channels is None:
             return
-        codes, ranges = quantise(new, self.bits)
-        super().push(pack(codes, self.bits))
-        self._ranges.push(ranges)
+        self.channels = self.channels.to(new.device)  # once: a later step finds it there
+        shape = (new.shape[0], self.channels.shape[0], new.shape[2])
+        width = row_width(self.channels.shape[1], self.bits)
+        kind = new if self.bits == 16 else new.new_empty(0, dtype=torch.uint8)
+        self._buffer = with_room(self._buffer, self._length, (*shape, width), kind)
+        if self.bits < 16:
+            half = new.new_empty(0, dtype=torch.float16)
+            self._ranges = with_room(self._ranges, self._length, (*shape, 2), half)
+        write_labels(new, self.channels, self.bits, self._buffer, self._ranges, self._length)
+        self._length += new.shape[2]
 
-    def scores(self, q: Float[Tensor, "B Hq 1 D"]) -> Float[Tensor, "B Hq N"]:
-        """Estimated logits (up to a positive factor per head) of one query over all cached tokens.
-
-        With ``k = low + step * code``, ``q · k = low * sum(q) + step * (q · code)``: the codes are never
-        expanded to keys.
-        """
+    def scores(
+        self, q: Float[Tensor, "B Hq 1 D"], first_key: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B Hq N"]:
+        """Estimated logits (up to a positive factor per head) of one query over all cached tokens."""
         assert self.channels is not None
-        label = torch.unflatten(_labels(q, self.channels)[:, :, 0], 1, (self.channels.shape[0], -1))
-        if self.bits == 16:
-            return torch.flatten(_dot(label, self.rows), 1, 2)
-        dots = _packed_dot(label, self.rows, self.bits)
-        low, step = self._ranges.rows.float().unbind(-1)  # (B, H, N)
-        total = label.float().sum(-1, keepdim=True)  # (B, H, g, 1)
-        return torch.flatten(torch.addcmul(low[:, :, None] * total, step[:, :, None], dots), 1, 2)
+        ranges = None if self._ranges is None else self._ranges[:, :, : self._length]
+        return label_scores(q, self.channels, self.bits, self.rows, ranges, first_key=first_key)
 
     def reorder(self, index: Int[Tensor, " B"]) -> None:
         super().reorder(index)
-        self._ranges.reorder(index)
-
-    def crop(self, length: int) -> None:
-        super().crop(length)
-        self._ranges.crop(length)
+        if self._ranges is not None:
+            self._ranges = self._ranges.index_select(0, index.to(self._ranges.device))
 
     def nbytes(self) -> int:
-        return super().nbytes() + self._ranges.nbytes()
-
-
-def quantise(
-    x: Float[Tensor, "*rows C"], bits: int
-) -> tuple[UInt8[Tensor, "*rows C"], Float[Tensor, "*rows 2"]]:
-    """Asymmetric rounding of each row to ``2**bits`` levels between its smallest and largest value.
-
-    Returns:
-        codes (uint8), and the row's (smallest value, step) in float16; ``x ≈ smallest + step * code``.
-    """
-    low, high = x.aminmax(dim=-1, keepdim=True)
-    step = (high.float() - low.float()) / (2**bits - 1)
-    ranges = torch.cat([low.float(), torch.where(step == 0, 1.0, step)], dim=-1).half()
-    low, step = ranges[..., :1].float(), ranges[..., 1:].float()
-    # A tiny range can vanish in half precision; its row is then all equal, whatever the codes.
-    codes = ((x.float() - low) / step.clamp(min=2**-24)).round().clamp(0, 2**bits - 1)
-    return codes.to(torch.uint8), ranges
-
-
-def pack(codes: UInt8[Tensor, "*rows C"], bits: int) -> UInt8[Tensor, "*rows bytes"]:
-    """``8 // bits`` codes per byte: byte ``j`` holds channels ``j, j + W, j + 2 W, …`` of ``W`` bytes."""
-    per_byte = 8 // bits
-    codes = F.pad(codes, (0, -codes.shape[-1] % per_byte))
-    planes = torch.unflatten(codes, -1, (per_byte, -1)).unbind(-2)
-    packed = planes[0].clone()
-    for i, plane in enumerate(planes[1:], start=1):
-        packed |= plane << (bits * i)
-    return packed
-
-
-def _packed_dot(
-    q: Float[Tensor, "B H g C"], packed: UInt8[Tensor, "B H N W"], bits: int
-) -> Float[Tensor, "B H g N"]:
-    """``q · code`` of every packed row, one product per bit plane (fp32)."""
-    per_byte = 8 // bits
-    planes = torch.unflatten(F.pad(q, (0, per_byte * packed.shape[-1] - q.shape[-1])), -1, (per_byte, -1))
-    dots = q.new_zeros(*q.shape[:3], packed.shape[2], dtype=torch.float32)
-    for i in range(per_byte):
-        code = (packed >> (bits * i)) & (2**bits - 1) if per_byte > 1 else packed
-        dots += _dot(planes[..., i, :], code)
-    return dots
-
-
-def _dot(q: Float[Tensor, "B H g C"], rows: Float[Tensor, "B H N C"]) -> Float[Tensor, "B H g N"]:
-    """``q · row`` in float32: rounding scores to half precision would tie tokens that differ."""
-    if q.is_cuda and q.dtype != torch.float32:
-        # Half-precision operands with a float32 result: no float32 copy of the rows.
-        keys = rows.to(q.dtype).flatten(0, 1).mT
-        return torch.unflatten(torch.bmm(q.flatten(0, 1), keys, out_dtype=torch.float32), 0, q.shape[:2])
-    return q.float() @ rows.float().mT
-
-
-def _labels(x: Float[Tensor, "B Hx n D"], channels: Int[Tensor, "Hc C"]) -> Float[Tensor, "B H n C"]:
-    """Each head's label channels, ``H = max(Hx, Hc)``: keys per query head, or queries per shared list."""
-    heads = max(x.shape[1], channels.shape[0])
-    x = x.repeat_interleave(heads // x.shape[1], 1) if heads > x.shape[1] else x
-    index = channels.repeat_interleave(heads // channels.shape[0], 0)
-    return x.gather(-1, index[None, :, None].expand(x.shape[0], -1, x.shape[2], -1))
+        ranges = 0 if self._ranges is None else self._ranges[:, :, : self._length].numel() * 2
+        return super().nbytes() + ranges
 
 
 def _has_plain_projections(layer: nn.Module) -> bool:

@@ -46,11 +46,13 @@ class Mustafar(StoreMethod):
             "more, and more at ties",
             "the equal count per vector makes the format simpler than the authors' tiles: no offsets, no "
             "padding",
-            "one token is pruned per step, as in the authors' accuracy code; their kernels wait for 256 "
-            "(group=256), which costs less per step but keeps up to 255 more tokens dense",
+            "one token is pruned after each step's attention, as in the authors' accuracy code; their "
+            "kernels wait for 256 (group=256), which costs less per step but keeps up to 255 more dense",
         ),
         limits=(
-            "a prompt is computed densely, with its keys and values unpruned; pruning starts after it",
+            "a prompt, whole or in pieces, is computed densely with unpruned keys and values: it is pruned "
+            "when the first single token follows, and takes a dense cache's memory until then; so do steps of "
+            "several tokens (assisted decoding)",
             "with group above 1, a padded row prunes at other steps than it would alone",
             "the bitmap costs one bit per element: at little sparsity the cache is larger than dense",
         ),
@@ -95,7 +97,7 @@ class BitmapStore(KVStore):
     Args:
         key_sparsity, value_sparsity: share of elements dropped.
         window: newest tokens that stay dense.
-        group: packed at a time, so that ``window`` to ``window + group - 1`` tokens are dense.
+        group: packed at a time: after a step, ``window`` to ``window + group - 1`` tokens are dense.
     """
 
     def __init__(self, key_sparsity: float, value_sparsity: float, window: int, group: int) -> None:
@@ -113,14 +115,23 @@ class BitmapStore(KVStore):
         return self._packed[0].length
 
     def append(self, k: Float[Tensor, "B Hkv n D"], v: Float[Tensor, "B Hkv n D"]) -> None:
+        """Take in new tokens, dense. A single one is a decoding step: the prompt before it is pruned now."""
+        if k.shape[2] == 1:
+            self.settle()
         if self._recent is not None:
             k, v = (torch.cat([old, new], dim=2) for old, new in zip(self._recent, (k, v), strict=True))
+        self._recent = (k, v)
+
+    def settle(self) -> None:
+        """Prune what has left the window, ``group`` tokens at a time."""
+        if self._recent is None:
+            return
+        k, v = self._recent
         leaving = max(0, k.shape[2] - self.window) // self.group * self.group
-        if leaving:
-            for packed, new in zip(
-                self._packed, self._pack(k[:, :, :leaving], v[:, :, :leaving]), strict=True
-            ):
-                packed.push(new)
+        if not leaving:
+            return
+        for packed, new in zip(self._packed, self._pack(k[:, :, :leaving], v[:, :, :leaving]), strict=True):
+            packed.push(new)
         # Copied: a view of the prompt's tail would keep the whole prompt in memory.
         self._recent = (k[:, :, leaving:].clone(), v[:, :, leaving:].clone())
 
@@ -147,6 +158,13 @@ class BitmapStore(KVStore):
         q: Float[Tensor, "B Hq 1 D"],
         scale: float,
         first_key: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B Hq 1 D"]:
+        out = self._attend(q, scale, first_key)
+        self.settle()  # after the step's attention: the token that leaves is still seen dense
+        return out
+
+    def _attend(
+        self, q: Float[Tensor, "B Hq 1 D"], scale: float, first_key: Int[Tensor, " B"] | None
     ) -> Float[Tensor, "B Hq 1 D"]:
         k, v = self._window()
         if not self._old:

@@ -23,6 +23,8 @@ CLAIM = (
 TOLERANCE, BELOW = 0.05, 0.1
 # How far short of the converted models one without any full layer must stay.
 SHORT = 0.3
+# The share of attention's cost that the paper saves.
+PAPER_SAVES = 0.75
 
 
 def continue_training(
@@ -72,12 +74,13 @@ def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
             min(losses[f"text_loss_{place}"] for place in ("bottom", "even")) / losses["text_loss_dense"] - 1
         )
         ours["text_loss_increase"] = gap
-        holds = holds and gap <= TOLERANCE
+        cheap = losses["text_cost_of_attention"] <= 1 - PAPER_SAVES
+        holds = holds and gap <= TOLERANCE and cheap
     return {
         "slug": "masformer",
         "claim": CLAIM,
         "paper": {
-            "cost_of_attention_lower_by": 0.75,
+            "cost_of_attention_lower_by": PAPER_SAVES,
             "measured_on": "a 1.3B model at 8K tokens: language modelling and generation",
         },
         "ours": ours,
@@ -88,7 +91,9 @@ def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
                 if full
                 else ""
             )
-            + ", not a 1.3B model at 8192 tokens; training is a matter of minutes"
+            + ", not a 1.3B model at 8192 tokens; training is a matter of minutes; the layout that recalls "
+            "saves 55 % of attention's cost at 64 tokens, not 75 %; of the placements the best one on the "
+            "held-out text counts"
         ),
         "holds": bool(holds),
         "rows": rows,

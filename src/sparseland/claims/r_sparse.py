@@ -22,7 +22,12 @@ CLAIM = "at 50 % sparsity of all decoder linears, R-Sparse without training is c
 
 # The paper's own eight-task averages fall by 3 to 5 % at 50 %; the loss may grow by as much.
 TOLERANCE = 0.05
+# Windows that are decoded token by token, which takes most of the time.
+DECODED = 4
 CHOSEN = "r-sparse:sparsity=0.5"
+DENSITY = 0.5
+# Thresholds come from other text, so that the density is met about, not exactly.
+SLACK = 0.05
 CHANNELS_ONLY = "r-sparse:sparsity=0.5,alpha=1"
 RANK_ONLY = "r-sparse:sparsity=0.5,alpha=0"
 SETTINGS = ("r-sparse:sparsity=0.4", CHOSEN, CHANNELS_ONLY)
@@ -33,8 +38,8 @@ def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
     """Loss of real text with every token sparse, and with the tokens of decoding steps only.
 
     Args:
-        scale: ``smoke`` (two windows of 512 tokens, CPU) or ``full`` (sixteen windows, more settings,
-            and the time of one large layer; on a GPU if there is one).
+        scale: ``smoke`` (two windows of 512 tokens, CPU) or ``full`` (sixteen windows, of which four are
+            decoded, more settings, and the time of one large layer; on a GPU if there is one).
         seed: where in the text the windows lie.
     """
     windows, length = (2, 512) if scale == "smoke" else (16, 512)
@@ -48,13 +53,14 @@ def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
     starts = (torch.randint(room, (windows,), generator=generator) + CALIBRATION_TOKENS).tolist()
     texts = [ids[start : start + length + 128] for start in starts]
 
-    dense = [run_window(model, text, length) for text in texts]
+    decoded = texts[:DECODED]
+    dense = [run_window(model, text, length) for text in decoded]
     dense_loss = _loss(model, texts, length)
     rows: list[dict[str, Any]] = [
         {
             "setting": "dense",
             "loss": dense_loss,
-            "decode_loss": _decode_loss(dense, texts, length, dense),
+            "decode_loss": _decode_loss(dense, decoded, length, dense),
             "density": 1.0,
         }
     ]
@@ -68,8 +74,8 @@ def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
             calibrations = handle.calibrations
         if spec == CHOSEN or scale == "full":
             with sl.apply(model, spec, calibrations=calibrations):
-                runs = [run_window(model, text, length) for text in texts]
-            row["decode_loss"] = _decode_loss(runs, texts, length, dense)
+                runs = [run_window(model, text, length) for text in decoded]
+            row["decode_loss"] = _decode_loss(runs, decoded, length, dense)
         rows.append(row)
     by_name = {row["setting"]: row for row in rows}
     ours = by_name[CHOSEN]
@@ -90,7 +96,11 @@ def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
             "SmolLM2-135M on the loss of Python's documentation instead of 7B models on task scores; one "
             "alpha for all layers, no recipe search; the paper scores tasks with part of each sequence dense"
         ),
-        "holds": bool(decode_increase <= TOLERANCE and increase <= TOLERANCE),
+        "holds": bool(
+            decode_increase <= TOLERANCE
+            and increase <= TOLERANCE
+            and ours["density"] <= DENSITY * (1 + SLACK)
+        ),
         "rows": rows,
     }
     if scale == "full":

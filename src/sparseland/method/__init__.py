@@ -19,7 +19,7 @@ from sparseland.method.registry import (
     split_specs,
 )
 from sparseland.method.roles import LinearMethod, PrefillMethod, SelectMethod, StoreMethod
-from sparseland.method.state import KVStore, SelectState
+from sparseland.method.state import KVStore, SelectState, with_room
 
 __all__ = [
     "METHOD_PACKAGES",
@@ -47,4 +47,5 @@ __all__ = [
     "param",
     "parse_spec",
     "split_specs",
+    "with_room",
 ]

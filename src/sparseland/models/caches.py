@@ -36,6 +36,7 @@ class TrackedLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.inner, self.runtime = inner, runtime
         self.selector, self.state, self.store = selector, state, store
+        self._batch = 0
         # Compiled decoding replays one graph; a growing state or store would not be in it.
         self.is_compileable = False
         self.is_sliding = getattr(inner, "is_sliding", False)
@@ -77,6 +78,7 @@ class TrackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Take in new keys and values; what comes back goes to the attention function."""
+        self._batch = key_states.shape[0]
         if self.selector is not None and self.state is not None:
             self.selector.append(self.state, key_states)
         if self.store is None:
@@ -111,6 +113,7 @@ class TrackedLayer(CacheLayerMixin):  # type: ignore[misc]
     get_max_cache_shape = get_max_length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._batch = beam_idx.numel()
         if self.store is None:
             self.inner.reorder_cache(beam_idx)
         else:
@@ -122,10 +125,15 @@ class TrackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        batch = self.store.dense()[0].shape[0] if self.store is not None else self.inner.keys.shape[0]
-        self.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(self._batch).repeat_interleave(repeats))
 
     def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens or, if negative, all but the last ``-length``; 0 does nothing.
+
+        Assisted decoding calls it with minus the number of tokens that were guessed wrong, often 0.
+        """
+        if length == 0:
+            return
         if self.store is None:
             before = int(self.inner.get_seq_length())
             self.inner.crop(length)
@@ -135,8 +143,10 @@ class TrackedLayer(CacheLayerMixin):  # type: ignore[misc]
         else:
             # transformers counts from the front, or, if negative, from the end.
             length = len(self.store) + length if length < 0 else length
-            self.store.crop(length)
-        if self.state is not None:
+            self.store.crop(max(0, length))
+        if length <= 0:
+            self.runtime.renew(self)  # nothing is left, not even where padding ended
+        elif self.state is not None:
             self.state.crop(length)
 
     def reset(self) -> None:

@@ -53,6 +53,9 @@ class RSparse(LinearMethod):
             "43 % faster generation end to end with custom kernels (FP32)",
         ),
         deviations=(
+            "inputs are compared by |x_i| times their column's norm (alpha=1: plain |x_i|), as in the "
+            "authors' code; the paper's text compares plain |x_i|",
+            "the low-rank factors come from randomised subspace iteration in float32, not from a full SVD",
             "one alpha for all layers (the paper's uniform recipe), not one per layer found by evolution",
             "ranks of grouped-query projections follow from their true shapes; the authors' code takes the "
             "hidden size as output width of all",

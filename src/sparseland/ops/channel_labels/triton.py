@@ -1,0 +1,158 @@
+"""Labels in Triton: one kernel writes them, one multiplies a query with all of them.
+
+A decoding step does little, so that launches are what it costs: the channels are gathered, rounded and packed
+in registers, and a query's label is gathered by the program that uses it. Codes are multiplied a bit plane at
+a time; the bytes of a tile are read once.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Entries of a tile of rows.
+_TILE = 4096
+_SMALLEST_STEP = tl.constexpr(2.0**-24)
+# Adding and subtracting it rounds to the nearest whole number, ties to the even one.
+_TO_WHOLE = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _plane(channels, i_h, i, C, W: tl.constexpr, BW: tl.constexpr):
+    """Which channels the bit plane ``i`` holds, and where it holds any."""
+    i_w = tl.arange(0, BW)
+    i_c = i * W + i_w
+    b_in = (i_w < W) & (i_c < C)
+    return tl.load(channels + i_h * C + i_c, mask=b_in, other=0), b_in
+
+
+@triton.jit(do_not_specialize=["n_new", "at"])
+def _write(
+    k, channels, rows, ranges, n_new, at,
+    skb, skh, skn, skd, srb, srh, srn, sgb, sgh, sgn, sgi,
+    H, C, SHARE: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    i_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    b_new = i_n < n_new
+    p_k = k + i_b * skb + (i_h // SHARE).to(tl.int64) * skh + i_n.to(tl.int64)[:, None] * skn
+    i_row = (at + i_n).to(tl.int64)
+    i_w = tl.arange(0, BW)
+    p_rows = rows + i_b * srb + i_h.to(tl.int64) * srh + i_row[:, None] * srn + i_w[None, :]
+    b_store = b_new[:, None] & (i_w < W)[None, :]
+    if BITS == 16:
+        b_channel, b_in = _plane(channels, i_h, 0, C, W, BW)
+        b_x = tl.load(p_k + b_channel[None, :] * skd, mask=b_new[:, None] & b_in[None, :], other=0.0)
+        tl.store(p_rows, b_x, mask=b_store)
+    else:
+        b_low = tl.full([BN], float("inf"), tl.float32)
+        b_high = tl.full([BN], float("-inf"), tl.float32)
+        b_odd = tl.zeros([BN], tl.int32)
+        for i in tl.static_range(8 // BITS):
+            b_channel, b_in = _plane(channels, i_h, i, C, W, BW)
+            b_load = b_new[:, None] & b_in[None, :]
+            b_x = tl.load(p_k + b_channel[None, :] * skd, mask=b_load, other=0.0).to(tl.float32)
+            b_low = tl.minimum(b_low, tl.min(tl.where(b_in[None, :], b_x, float("inf")), 1))
+            b_high = tl.maximum(b_high, tl.max(tl.where(b_in[None, :], b_x, float("-inf")), 1))
+            b_odd = tl.maximum(b_odd, tl.max((b_x != b_x).to(tl.int32), 1))
+        b_low = tl.where(b_odd > 0, float("nan"), b_low)
+        b_step = tl.div_rn(b_high - b_low, tl.full([BN], 2.0**BITS - 1, tl.float32))
+        b_low_half = b_low.to(tl.float16)
+        b_step_half = tl.where(b_step == 0, 1.0, b_step).to(tl.float16)
+        b_low = b_low_half.to(tl.float32)
+        b_divisor = tl.maximum(b_step_half.to(tl.float32), _SMALLEST_STEP)
+        b_byte = tl.zeros([BN, BW], tl.int32)
+        for i in tl.static_range(8 // BITS):
+            b_channel, b_in = _plane(channels, i_h, i, C, W, BW)
+            b_load = b_new[:, None] & b_in[None, :]
+            b_x = tl.load(p_k + b_channel[None, :] * skd, mask=b_load, other=0.0).to(tl.float32)
+            b_code = tl.div_rn(b_x - b_low[:, None], tl.broadcast_to(b_divisor[:, None], [BN, BW]))
+            b_code = tl.minimum(tl.maximum(b_code, 0.0), 2.0**BITS - 1)
+            b_code = (b_code + _TO_WHOLE) - _TO_WHOLE
+            b_byte |= tl.where(b_in[None, :], b_code.to(tl.int32), 0) << (BITS * i)
+        tl.store(p_rows, b_byte.to(tl.uint8), mask=b_store)
+        p_ranges = ranges + i_b * sgb + i_h.to(tl.int64) * sgh + i_row * sgn
+        tl.store(p_ranges, b_low_half, mask=b_new)
+        tl.store(p_ranges + sgi, b_step_half, mask=b_new)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _scores(
+    q, channels, rows, ranges, first_key, out, n_rows,
+    sqb, sqh, sqd, srb, srh, srn, sgb, sgh, sgn, sgi,
+    Hq, C, SHARE: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, HAS_FIRST: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    i_b, i_q = (tl.program_id(1) // Hq).to(tl.int64), tl.program_id(1) % Hq
+    i_h = i_q // SHARE
+    i_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    b_on = i_n < n_rows
+    i_row, i_w = i_n.to(tl.int64), tl.arange(0, BW)
+    p_rows = rows + i_b * srb + i_h.to(tl.int64) * srh + i_row[:, None] * srn + i_w[None, :]
+    b_rows = tl.load(p_rows, mask=b_on[:, None] & (i_w < W)[None, :], other=0)
+    p_q = q + i_b * sqb + i_q.to(tl.int64) * sqh
+    if BITS == 16:
+        b_channel, b_in = _plane(channels, i_h, 0, C, W, BW)
+        b_q = tl.load(p_q + b_channel * sqd, mask=b_in, other=0.0).to(tl.float32)
+        b_s = tl.sum(b_rows.to(tl.float32) * b_q[None, :], 1)
+    else:
+        b_rows = b_rows.to(tl.int32)
+        b_dot = tl.zeros([BN], tl.float32)
+        b_total = tl.zeros([BW], tl.float32)
+        for i in tl.static_range(8 // BITS):
+            b_channel, b_in = _plane(channels, i_h, i, C, W, BW)
+            b_q = tl.load(p_q + b_channel * sqd, mask=b_in, other=0.0).to(tl.float32)
+            b_code = ((b_rows >> (BITS * i)) & (2**BITS - 1)).to(tl.float32)
+            b_dot += tl.sum(b_code * b_q[None, :], 1)
+            b_total += b_q
+        p_ranges = ranges + i_b * sgb + i_h.to(tl.int64) * sgh + i_row * sgn
+        b_low = tl.load(p_ranges, mask=b_on, other=0.0).to(tl.float32)
+        b_step = tl.load(p_ranges + sgi, mask=b_on, other=0.0).to(tl.float32)
+        b_s = b_low * tl.sum(b_total, 0) + b_step * b_dot
+    if HAS_FIRST:
+        b_s = tl.where(i_n < tl.load(first_key + i_b), float("-inf"), b_s)
+    tl.store(out + tl.program_id(1).to(tl.int64) * n_rows + i_n, b_s, mask=b_on)
+
+
+def write_labels(
+    k: Tensor, channels: Tensor, bits: int, rows: Tensor, ranges: Tensor | None, at: int
+) -> None:
+    """See :func:`sparseland.ops.channel_labels.write_labels`."""
+    (batch, kv_heads, n_new, _), (heads, count) = k.shape, channels.shape
+    width, BN, BW = _tile(rows, n_new)
+    _write[(triton.cdiv(n_new, BN), batch * heads)](
+        k, channels.contiguous(), rows, ranges, n_new, at, *k.stride(), *rows.stride()[:3], *_strides(ranges),
+        heads, count, SHARE=heads // kv_heads, W=width, BITS=bits, BN=BN, BW=BW, num_warps=4,
+    )  # fmt: skip
+
+
+def label_scores(
+    q: Tensor, channels: Tensor, bits: int, rows: Tensor, ranges: Tensor | None, first_key: Tensor | None
+) -> Tensor:
+    """See :func:`sparseland.ops.channel_labels.label_scores`."""
+    (batch, heads, _, _), n_rows = q.shape, rows.shape[2]
+    out = torch.empty(batch, heads, n_rows, dtype=torch.float32, device=q.device)
+    if not out.numel():
+        return out
+    width, BN, BW = _tile(rows, n_rows)
+    _scores[(triton.cdiv(n_rows, BN), batch * heads)](
+        q, channels.contiguous(), rows, ranges, first_key, out, n_rows, *q.stride()[:2], q.stride(3),
+        *rows.stride()[:3], *_strides(ranges), heads, channels.shape[1], SHARE=heads // channels.shape[0],
+        W=width, BITS=bits, HAS_FIRST=first_key is not None, BN=BN, BW=BW, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _strides(ranges: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if ranges is None else ranges.stride()
+
+
+def _tile(rows: Tensor, n: int) -> tuple[int, int, int]:
+    """Entries of a row, rows of a tile, and padded entries."""
+    width = rows.shape[3]
+    BW = triton.next_power_of_2(width)
+    return width, max(1, min(triton.next_power_of_2(n), _TILE // BW)), BW
