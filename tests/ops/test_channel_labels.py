@@ -97,6 +97,24 @@ def test_scores_are_products_of_rounded_channels(backend: str, bits: int, name: 
     torch.testing.assert_close(got.cpu(), literal_scores(q, k, channels, bits), atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16] + [torch.bfloat16] * (DEVICE == "cuda"))
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("n", [5, 1500])
+@pytest.mark.parametrize("name", CASES)
+def test_half_precision_kernels_score_as_the_reference(
+    bits: int, dtype: torch.dtype, n: int, name: str
+) -> None:
+    """Query heads that share labels have a kernel of their own, on tensor cores; slices are several tiles."""
+    q, k, channels = inputs((*CASES[name][:4], n, *CASES[name][5:]))
+    held = filled(k.to(dtype), channels, bits, "reference")
+    first = torch.tensor([2, 4][: q.shape[0]], device=DEVICE)
+    got, want = (
+        label_scores(q.to(dtype), channels, bits, *held, first_key=first, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(got, want, atol=3e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", BITS)
 def test_kernels_write_the_references_bits(bits: int, dtype: torch.dtype) -> None:

@@ -51,8 +51,8 @@ class Mustafar(StoreMethod):
         ),
         limits=(
             "a prompt, whole or in pieces, is computed densely with unpruned keys and values: it is pruned "
-            "when the first single token follows, and takes a dense cache's memory until then; so do steps of "
-            "several tokens (assisted decoding)",
+            "when the first single token follows, and takes a dense cache's memory until then; so do steps "
+            "of several tokens (assisted decoding)",
             "with group above 1, a padded row prunes at other steps than it would alone",
             "the bitmap costs one bit per element: at little sparsity the cache is larger than dense",
         ),

@@ -1,8 +1,8 @@
 """Labels in Triton: one kernel writes them, one multiplies a query with all of them.
 
 A decoding step does little, so that launches are what it costs: the channels are gathered, rounded and packed
-in registers, and a query's label is gathered by the program that uses it. Codes are multiplied a bit plane at
-a time; the bytes of a tile are read once.
+in registers, and a query's label is gathered by the program that uses it, once for a slice of the rows. The
+bytes of a tile are read once, whatever the number of bits.
 """
 
 # mypy: ignore-errors
@@ -14,8 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Entries of a tile of rows.
+from sparseland.ops.gather_decode.triton import n_multiprocessors, split
+
+# Entries of a tile of rows, and programs per multiprocessor that a product is cut into.
 _TILE = 4096
+_PER_SM = 8
 _SMALLEST_STEP = tl.constexpr(2.0**-24)
 # Adding and subtracting it rounds to the nearest whole number, ties to the even one.
 _TO_WHOLE = tl.constexpr(12582912.0)
@@ -80,42 +83,131 @@ def _write(
         tl.store(p_ranges + sgi, b_step_half, mask=b_new)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit
+def _code(b_rows, i: tl.constexpr, BITS: tl.constexpr):
+    """The codes of one bit plane, as numbers."""
+    return ((b_rows >> (BITS * i)) & (2**BITS - 1)).to(tl.float32)
+
+
+@triton.jit
+def _query_plane(p_q, sqd, channels, i_h, i, C, W: tl.constexpr, BW: tl.constexpr):
+    b_channel, b_in = _plane(channels, i_h, i, C, W, BW)
+    return tl.load(p_q + b_channel * sqd, mask=b_in, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["n_rows", "per_slice"])
 def _scores(
-    q, channels, rows, ranges, first_key, out, n_rows,
+    q, channels, rows, ranges, first_key, out, n_rows, per_slice,
     sqb, sqh, sqd, srb, srh, srn, sgb, sgh, sgn, sgi,
     Hq, C, SHARE: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, HAS_FIRST: tl.constexpr,
     BN: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
+    """One query head, which its label stays in registers for, and a slice of the rows."""
     i_b, i_q = (tl.program_id(1) // Hq).to(tl.int64), tl.program_id(1) % Hq
     i_h = i_q // SHARE
-    i_n = tl.program_id(0) * BN + tl.arange(0, BN)
-    b_on = i_n < n_rows
-    i_row, i_w = i_n.to(tl.int64), tl.arange(0, BW)
-    p_rows = rows + i_b * srb + i_h.to(tl.int64) * srh + i_row[:, None] * srn + i_w[None, :]
-    b_rows = tl.load(p_rows, mask=b_on[:, None] & (i_w < W)[None, :], other=0)
     p_q = q + i_b * sqb + i_q.to(tl.int64) * sqh
-    if BITS == 16:
-        b_channel, b_in = _plane(channels, i_h, 0, C, W, BW)
-        b_q = tl.load(p_q + b_channel * sqd, mask=b_in, other=0.0).to(tl.float32)
-        b_s = tl.sum(b_rows.to(tl.float32) * b_q[None, :], 1)
-    else:
-        b_rows = b_rows.to(tl.int32)
-        b_dot = tl.zeros([BN], tl.float32)
-        b_total = tl.zeros([BW], tl.float32)
-        for i in tl.static_range(8 // BITS):
-            b_channel, b_in = _plane(channels, i_h, i, C, W, BW)
-            b_q = tl.load(p_q + b_channel * sqd, mask=b_in, other=0.0).to(tl.float32)
-            b_code = ((b_rows >> (BITS * i)) & (2**BITS - 1)).to(tl.float32)
-            b_dot += tl.sum(b_code * b_q[None, :], 1)
-            b_total += b_q
-        p_ranges = ranges + i_b * sgb + i_h.to(tl.int64) * sgh + i_row * sgn
-        b_low = tl.load(p_ranges, mask=b_on, other=0.0).to(tl.float32)
-        b_step = tl.load(p_ranges + sgi, mask=b_on, other=0.0).to(tl.float32)
-        b_s = b_low * tl.sum(b_total, 0) + b_step * b_dot
-    if HAS_FIRST:
-        b_s = tl.where(i_n < tl.load(first_key + i_b), float("-inf"), b_s)
-    tl.store(out + tl.program_id(1).to(tl.int64) * n_rows + i_n, b_s, mask=b_on)
+    b_q0 = _query_plane(p_q, sqd, channels, i_h, 0, C, W, BW)
+    b_total = b_q0
+    if BITS <= 4:
+        b_q1 = _query_plane(p_q, sqd, channels, i_h, 1, C, W, BW)
+        b_total += b_q1
+    if BITS == 2:
+        b_q2 = _query_plane(p_q, sqd, channels, i_h, 2, C, W, BW)
+        b_q3 = _query_plane(p_q, sqd, channels, i_h, 3, C, W, BW)
+        b_total += b_q2 + b_q3
+    total = tl.sum(b_total, 0)
+    i_w = tl.arange(0, BW)
+    p_rows = rows + i_b * srb + i_h.to(tl.int64) * srh
+    p_ranges = ranges
+    if BITS < 16:
+        p_ranges += i_b * sgb + i_h.to(tl.int64) * sgh
+    p_out = out + tl.program_id(1).to(tl.int64) * n_rows
+    start = tl.program_id(0) * per_slice
+    for i in range(start, tl.minimum(start + per_slice, n_rows), BN):
+        i_n = i + tl.arange(0, BN)
+        b_on = i_n < n_rows
+        i_row = i_n.to(tl.int64)
+        b_rows = tl.load(
+            p_rows + i_row[:, None] * srn + i_w[None, :], mask=b_on[:, None] & (i_w < W)[None, :], other=0
+        )
+        if BITS == 16:
+            b_s = tl.sum(b_rows.to(tl.float32) * b_q0[None, :], 1)
+        else:
+            b_rows = b_rows.to(tl.int32)
+            b_s = tl.sum(_code(b_rows, 0, BITS) * b_q0[None, :], 1)
+            if BITS <= 4:
+                b_s += tl.sum(_code(b_rows, 1, BITS) * b_q1[None, :], 1)
+            if BITS == 2:
+                b_s += tl.sum(_code(b_rows, 2, BITS) * b_q2[None, :], 1)
+                b_s += tl.sum(_code(b_rows, 3, BITS) * b_q3[None, :], 1)
+            b_low = tl.load(p_ranges + i_row * sgn, mask=b_on, other=0.0).to(tl.float32)
+            b_step = tl.load(p_ranges + i_row * sgn + sgi, mask=b_on, other=0.0).to(tl.float32)
+            b_s = b_low * total + b_step * b_s
+        if HAS_FIRST:
+            b_s = tl.where(i_n < tl.load(first_key + i_b), float("-inf"), b_s)
+        tl.store(p_out + i_n, b_s, mask=b_on)
+
+
+@triton.jit(do_not_specialize=["n_rows", "per_slice"])
+def _shared_scores(
+    q, channels, rows, ranges, first_key, out, n_rows, per_slice,
+    sqb, sqh, sqd, srb, srh, srn, sgb, sgh, sgn, sgi,
+    H, C, SHARE: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, HAS_FIRST: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """The query heads that share a label head together: a row is unpacked once, tensor cores multiply.
+
+    Codes are whole numbers below 256, which every half-precision type holds exactly.
+    """
+    PLANES: tl.constexpr = 1 if BITS == 16 else 8 // BITS
+    i_b, i_h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    i_m, i_k = tl.arange(0, BM), tl.arange(0, PLANES * BW)
+    # join() lays planes next to each other: entry k is byte k // PLANES of a plane.
+    i_plane = i_k % PLANES
+    if PLANES == 4:  # joined in pairs: 0 and 2, then 1 and 3
+        i_plane = (i_plane % 2) * 2 + i_plane // 2
+    i_w = i_k // PLANES
+    i_c = i_plane * W + i_w
+    b_in = (i_w < W) & (i_c < C)
+    b_channel = tl.load(channels + i_h * C + i_c, mask=b_in, other=0)
+    i_head = (i_h * SHARE + i_m).to(tl.int64)
+    p_q = q + i_b * sqb + i_head[:, None] * sqh + b_channel[None, :] * sqd
+    b_q = tl.load(p_q, mask=(i_m < SHARE)[:, None] & b_in[None, :], other=0.0)
+    b_total = tl.sum(b_q.to(tl.float32), 1)
+
+    i_byte = tl.arange(0, BW)
+    p_rows = rows + i_b * srb + i_h.to(tl.int64) * srh
+    p_ranges = ranges
+    if BITS < 16:
+        p_ranges += i_b * sgb + i_h.to(tl.int64) * sgh
+    p_out = out + (i_b * H * SHARE + i_head) * n_rows
+    start = tl.program_id(0) * per_slice
+    for i in range(start, tl.minimum(start + per_slice, n_rows), BN):
+        i_n = i + tl.arange(0, BN)
+        b_on = i_n < n_rows
+        i_row = i_n.to(tl.int64)
+        b_load = b_on[:, None] & (i_byte < W)[None, :]
+        b_rows = tl.load(p_rows + i_row[:, None] * srn + i_byte[None, :], mask=b_load, other=0)
+        if BITS == 16:
+            b_s = tl.dot(b_q, tl.trans(b_rows))
+        else:
+            b_rows = b_rows.to(tl.int32)
+            if PLANES == 1:
+                b_code = _code(b_rows, 0, BITS)
+            elif PLANES == 2:
+                b_code = tl.join(_code(b_rows, 0, BITS), _code(b_rows, 1, BITS))
+            else:
+                b_even = tl.join(_code(b_rows, 0, BITS), _code(b_rows, 1, BITS))
+                b_odd = tl.join(_code(b_rows, 2, BITS), _code(b_rows, 3, BITS))
+                b_code = tl.join(b_even, b_odd)
+            b_code = tl.reshape(b_code, [BN, PLANES * BW]).to(b_q.dtype)
+            b_s = tl.dot(b_q, tl.trans(b_code))
+            b_low = tl.load(p_ranges + i_row * sgn, mask=b_on, other=0.0).to(tl.float32)
+            b_step = tl.load(p_ranges + i_row * sgn + sgi, mask=b_on, other=0.0).to(tl.float32)
+            b_s = b_low[None, :] * b_total[:, None] + b_step[None, :] * b_s
+        if HAS_FIRST:
+            b_s = tl.where((i_n < tl.load(first_key + i_b))[None, :], float("-inf"), b_s)
+        tl.store(p_out[:, None] + i_n[None, :], b_s, mask=(i_m < SHARE)[:, None] & b_on[None, :])
 
 
 def write_labels(
@@ -138,12 +230,24 @@ def label_scores(
     out = torch.empty(batch, heads, n_rows, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out
-    width, BN, BW = _tile(rows, n_rows)
-    _scores[(triton.cdiv(n_rows, BN), batch * heads)](
-        q, channels.contiguous(), rows, ranges, first_key, out, n_rows, *q.stride()[:2], q.stride(3),
-        *rows.stride()[:3], *_strides(ranges), heads, channels.shape[1], SHARE=heads // channels.shape[0],
-        W=width, BITS=bits, HAS_FIRST=first_key is not None, BN=BN, BW=BW, num_warps=4,
+    label_heads, count = channels.shape
+    share = heads // label_heads
+    together = share > 1 and q.dtype != torch.float32
+    width, BN, BW = _tile(rows, n_rows, 16 if together else 1)
+    lists = batch * (label_heads if together else heads)
+    per_slice, n_slices = split(n_rows, BN, lists, _PER_SM * n_multiprocessors(q.device))
+    arguments = (
+        q, channels.contiguous(), rows, ranges, first_key, out, n_rows, per_slice, *q.stride()[:2], q.stride(3),
+        *rows.stride()[:3], *_strides(ranges), label_heads if together else heads, count,
     )  # fmt: skip
+    known = {
+        "SHARE": share, "W": width, "BITS": bits, "HAS_FIRST": first_key is not None, "BN": BN, "BW": BW,
+        "num_warps": 4,
+    }  # fmt: skip
+    if together:
+        _shared_scores[(n_slices, lists)](*arguments, BM=max(16, triton.next_power_of_2(share)), **known)
+    else:
+        _scores[(n_slices, lists)](*arguments, **known)
     return out
 
 
@@ -151,8 +255,8 @@ def _strides(ranges: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if ranges is None else ranges.stride()
 
 
-def _tile(rows: Tensor, n: int) -> tuple[int, int, int]:
-    """Entries of a row, rows of a tile, and padded entries."""
+def _tile(rows: Tensor, n: int, least: int = 1) -> tuple[int, int, int]:
+    """Entries of a row, rows of a tile, and entries of a padded row."""
     width = rows.shape[3]
-    BW = triton.next_power_of_2(width)
-    return width, max(1, min(triton.next_power_of_2(n), _TILE // BW)), BW
+    BW = max(least, triton.next_power_of_2(width))
+    return width, max(least, min(triton.next_power_of_2(n), _TILE // BW)), BW
