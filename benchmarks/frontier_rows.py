@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 
 from sparseland.recipe import write_atomically
+from sparseland.report.results import with_shared_decoding
 
 SHOWN = (
     "label", "role", "stage", "length", "status", "density", "decode_density", "loss", "dense_loss",
     "decode_loss", "dense_decode_loss", "kl", "top1", "prefill_s", "dense_prefill_s",
-    "decode_ms", "dense_decode_ms", "cache_bytes", "dense_cache_bytes", "reason",
+    "decode_ms", "dense_decode_ms", "dense_decoding", "cache_bytes", "dense_cache_bytes", "reason",
 )  # fmt: skip
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -22,6 +23,10 @@ kept = {
     **{name: run[name] for name in ("command", "date", "machine", "versions", "threads", "model", "text")},
     "choice": [row for row in rows if row["kind"] == "choice"][-1],
     "drift": [row for row in rows if row["kind"] == "drift"],
-    "rows": [{n: r[n] for n in SHOWN if n in r} for r in rows if r["kind"] == "measurement"],
+    "tasks": [row for row in rows if row["kind"] == "task"],
+    "rows": [
+        {n: r[n] for n in SHOWN if n in r}
+        for r in with_shared_decoding([r for r in rows if r["kind"] == "measurement"])
+    ],
 }
 write_atomically(options.out, json.dumps(kept, indent=1).encode())

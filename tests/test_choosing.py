@@ -16,7 +16,8 @@ def row(recipe, length, loss=1.0, decode_loss=1.0, prefill=1.0, decode=10.0, sta
         "kind": "measurement", "recipe": recipe, "length": length, "stage": stage, "status": "ok",
         "loss": loss, "dense_loss": 1.0, "decode_loss": decode_loss, "dense_decode_loss": 1.0,
         "decode_tokens": DECODE_TOKENS, "prefill_s": prefill, "dense_prefill_s": 1.0,
-        "decode_ms": decode, "dense_decode_ms": 10.0, **more,
+        "decode_ms": decode, "dense_decode_ms": 10.0, "density": 0.5 if recipe else 1.0,
+        "decode_density": 1.0, "neuron_density": None, "cache_bytes": 100, "dense_cache_bytes": 100, **more,
     }  # fmt: skip
 
 
@@ -90,3 +91,46 @@ def test_methods_that_decide_the_same_are_not_combined():
     both, other = parse_spec("streaming:phase=both"), parse_spec("double-sparsity")
     rows = [*at_all([both.spec], prefill=0.5), *at_all([other.spec], decode=5.0)]
     assert judge(*rows).compositions([both, other]) == []
+
+
+def test_what_acts_on_prompts_only_shares_the_fastest_decoding_time():
+    """They all decode densely on the same kernels: a difference is noise, and must not choose."""
+    rows = [
+        *at_all([]),
+        *at_all(["dense"], decode=9.0, dense_decoding=True, density=1.0),
+        *at_all(["flexprefill"], prefill=0.9, decode=5.0, dense_decoding=True),
+        *at_all(["minference"], prefill=0.8, decode=9.5, dense_decoding=True),
+    ]
+    judging = judge(*rows)
+    assert judging.cost(["dense"]) == pytest.approx(relative_time(row([], 2048, decode=5.0)))
+    choice = judging.choose()
+    assert choice["recipe"] == ["minference"]
+    assert "1.44 s, dense (own kernels) 1.64 s" in choice["reason"]
+
+
+def test_a_selector_keeps_its_own_decoding_time():
+    rows = [
+        *at_all([]),
+        *at_all(["dense"], decode=9.0, dense_decoding=True),
+        *at_all(["double-sparsity"], decode=8.0, decode_density=0.2, density=1.0),
+    ]
+    assert judge(*rows).choose()["recipe"] == ["double-sparsity"]
+    faster = [*rows, *at_all(["flexprefill"], prefill=1.2, decode=7.0, dense_decoding=True)]
+    assert judge(*faster).choose()["recipe"] == []
+
+
+def test_a_configuration_that_leaves_nothing_out_is_not_chosen():
+    nothing = at_all(["flexprefill"], prefill=0.5, density=1.0)
+    assert judge(*at_all([]), *nothing).choose()["recipe"] == []
+    smaller = at_all(["mustafar"], prefill=0.9, density=1.0, cache_bytes=50)
+    assert judge(*at_all([]), *smaller).choose()["recipe"] == ["mustafar"]
+
+
+def test_denses_faster_time_counts():
+    drift = {
+        "kind": "drift", "length": 2048, "before_s": 1.0, "after_s": 0.5,
+        "before_decode_ms": 10.0, "after_decode_ms": 5.0,
+    }  # fmt: skip
+    rows = [*at_all([]), *at_all(["flexprefill"], prefill=0.6)]
+    assert judge(*rows).choose()["recipe"] == ["flexprefill"]
+    assert judge(*rows, drift).choose()["recipe"] == []

@@ -1,6 +1,7 @@
 """The main job end to end on a tiny random model: screening, full measurements, files, resuming."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sparseland import frontier
-from sparseland.frontier import job, looking
+from sparseland.errors import SparselandError
+from sparseland.frontier import job, looking, measuring
 from sparseland.frontier.options import candidates
 from sparseland.method import parse_spec
 from sparseland.models.tiny import tiny_model
@@ -22,7 +24,7 @@ METHODS = [
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def options(tmp_path_factory):
     root = tmp_path_factory.mktemp("frontier")
     tiny_model("llama").save_pretrained(root / "model")
     letters = {chr(97 + i): 3 + i for i in range(26)}
@@ -32,12 +34,17 @@ def run(tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     text = " ".join(chr(97 + int(i)) for i in torch.randint(26, (4000,), generator=generator))
     (root / "text.txt").write_text(text)
-    options = frontier.FrontierOptions(
+    return frontier.FrontierOptions(
         model=str(root / "model"), text=root / "text.txt", methods=METHODS, lengths=[256, 512],
         tolerance=0.05, out=root / "out", dtype="float32",
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(options):
+    root = options.out.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(looking, "TASK_NAMES", ())  # needles need a model that can read
+        patch.setattr(looking, "TASK_SAMPLES", {})  # needles need a model that can read
         patch.setattr(job, "SLOWEST", float("inf"))  # times of tiny models tell nothing
         result = frontier.run(options)
         rows = [json.loads(line) for line in (root / "out" / "results.jsonl").read_text().splitlines()]
@@ -108,6 +115,40 @@ def test_files_are_written_and_a_second_run_measures_nothing_anew(run):
     assert count(again) == count(rows)
     assert steps
     assert result.choice["kind"] == "choice"
+
+
+@pytest.mark.parametrize("what", ["dense", "tasks", "recall"])
+def test_memory_that_does_not_suffice_is_noted_and_the_run_goes_on(options, tmp_path, monkeypatch, what):
+    """The longest length, or a look at what was chosen, is left out; recipe and report are there."""
+
+    def greedy(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    measure = measuring.run_window
+    monkeypatch.setattr(looking, "TASK_SAMPLES", {})
+    if what == "dense":
+        monkeypatch.setattr(
+            measuring, "run_window",
+            lambda m, ids, n, *a, **k: greedy() if n == 512 else measure(m, ids, n, *a, **k),
+        )  # fmt: skip
+    else:
+        monkeypatch.setattr(job, {"tasks": "score_tasks", "recall": "inspect"}[what], greedy)
+    result = frontier.run(replace(options, methods=METHODS[:1], out=tmp_path / "out"))
+    assert (tmp_path / "out" / "recipe.json").exists()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    (left,) = [r for r in rows if r["kind"] == "left_out"]
+    assert left["reason"] == "out of memory: CUDA out of memory"
+    assert {r["length"] for r in result.rows} == ({256} if what == "dense" else {256, 512})
+    assert "out of memory" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_without_memory_for_any_length_there_is_one_line(options, tmp_path, monkeypatch):
+    def greedy(*_args, **_kwargs):
+        raise RuntimeError("can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(measuring, "run_window", greedy)
+    with pytest.raises(SparselandError, match=r"can't read 512 tokens here: out of memory"):
+        frontier.run(replace(options, methods=METHODS[:1], out=tmp_path / "out"))
 
 
 def test_a_default_run_leaves_out_what_has_to_be_trained_and_what_is_for_video():

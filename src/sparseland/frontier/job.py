@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from sparseland.errors import SparselandError
 from sparseland.frontier.choosing import Judge, relative_time
 from sparseland.frontier.looking import TASK_SAMPLES, draw_maps, inspect, score_tasks
-from sparseland.frontier.measuring import Measuring
+from sparseland.frontier.measuring import Measuring, survivable
 from sparseland.frontier.options import FrontierOptions, left_out
 from sparseland.frontier.runlog import RunLog
 from sparseland.machine import circumstances
@@ -91,10 +92,10 @@ class Job:
         # Work is counted in tokens: about two dense-equivalents of tasks, controls and compositions each.
         screened = len(candidates) > SCREEN_ABOVE
         kept = min(len(candidates), sum(SURVIVORS.values())) if screened else len(candidates)
-        self._total = (kept + 12 + (1 + TASK_RECIPES) * TASK_SAMPLES) * sum(self.lengths)
+        self._total = (kept + 12 + (1 + TASK_RECIPES) * sum(TASK_SAMPLES.values())) * sum(self.lengths)
         self._total += len(candidates) * self.lengths[0] if screened else 0
         self.log.add(self._run_row())
-        before = {n: measuring.measure_dense(n) for n in self.lengths}
+        self._measure_dense()
         settings = self._screen(candidates) if screened else [[method] for method in candidates]
         survivors = [method for some in settings for method in self._measure_survivor(some)]
         for control in self._controls(survivors):
@@ -102,20 +103,51 @@ class Job:
         for composition in self.judge.compositions(survivors):
             measuring.measure_all(composition, "composition")
         for n in self.lengths:
-            after = measuring.time_dense(n)
-            self.log.add({"kind": "drift", "length": n, "before_s": before[n], "after_s": after})
+            measuring.time_dense_again(n)
         choice = self.judge.choose()
-        inspect(measuring, survivors)
-        recipes = [[], *self.judge.finalists()[:TASK_RECIPES]]
-        score_tasks(measuring, self.loaded, self.text, recipes, self.options.seed)
-        draw_maps(measuring, [parse_spec(s) for s in choice["recipe"]], survivors)
-        recipe = self._recipe(choice)
-        recipe.save(self.options.out / "recipe.json")
+        self._recipe(choice).save(self.options.out / "recipe.json")
         self.log.add(choice)
+        recipes = [[], *self.judge.finalists()[:TASK_RECIPES]]
+        chosen = [parse_spec(s) for s in choice["recipe"]]
+        # The choice stands; a look that does not fit into memory is left out.
+        self._look("recall", lambda: inspect(measuring, survivors))
+        self._look(
+            "tasks", lambda: score_tasks(measuring, self.loaded, self.text, recipes, self.options.seed)
+        )
+        self._look("maps", lambda: draw_maps(measuring, chosen, survivors))
         self.log.close()
         self._say("writing the report", 1.0)
         write_report(self.log.path, self.options.out / "report.html")
         return FrontierResult(measuring.rows(), choice, self.options.out)
+
+    def _measure_dense(self) -> None:
+        """The dense model at every length, then on the library's own kernels, the other rival.
+
+        A length that it has no memory for is left out.
+
+        Raises:
+            SparselandError: it has none for any.
+        """
+        for n in [*self.lengths]:
+            try:
+                self.measuring.measure_dense(n)
+            except (MemoryError, RuntimeError) as error:
+                if (reason := survivable(error)) is None:
+                    raise
+                self.lengths.remove(n)
+                self.log.add({"kind": "left_out", "length": n, "reason": reason})
+                if not self.lengths:
+                    raise SparselandError(f"the dense model can't read {n} tokens here: {reason}") from error
+        self.measuring.measure_all([method_class("dense").full_budget(self.lengths[-1])], "control")
+
+    def _look(self, what: str, look: Callable[[], None]) -> None:
+        """A look at what was chosen; memory that does not suffice becomes a row."""
+        try:
+            look()
+        except (SparselandError, MemoryError, RuntimeError) as error:
+            if (reason := survivable(error)) is None:
+                raise
+            self.log.add({"kind": "left_out", "what": what, "reason": reason})
 
     def _screen(self, candidates: Sequence[Method]) -> list[list[Method]]:
         """Try every candidate shortly at the shortest length; per role the best methods go on.
@@ -157,19 +189,13 @@ class Job:
         return measured
 
     def _controls(self, candidates: Sequence[Method]) -> list[Method]:
-        """Dense on the same kernels, and controls at the density of the best prefill method.
-
-        The first shows what the kernels alone win, the others what the choice of pairs does.
-        """
-        if self.options.methods:
-            return []
-        dense = method_class("dense").full_budget(self.lengths[-1])
-        method = self.judge.best(candidates, "prefill")
+        """Controls at the density of the best prefill method: they show what its choice of pairs does."""
+        method = None if self.options.methods else self.judge.best(candidates, "prefill")
         if method is None:
-            return [dense]
+            return []
         row = self.judge.full([method.spec], self.lengths[-1])[-1]
         classes = [method_class(s) for s in method_slugs()]
-        return [dense] + [
+        return [
             cls.at_density(row["density"], self.lengths[-1])
             for cls in classes
             if cls.card.control and cls.card.slug != "dense"

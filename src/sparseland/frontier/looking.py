@@ -12,8 +12,8 @@ from sparseland.method import Method, parse_spec
 from sparseland.models import LoadedModel
 from sparseland.tasks import TASKS, score_sample
 
-TASK_NAMES = ("needle",)
-TASK_SAMPLES = 4
+# Samples of each task at every length: a needle at four depths, and two tasks that ask for more.
+TASK_SAMPLES = {"needle": 4, "needle-multi-key": 2, "retrieval": 2}
 MAP_BINS = 64
 LONGEST_MAP = 8192
 # Pictures of where methods spend their pairs: so many methods, besides the chosen recipe's.
@@ -48,9 +48,9 @@ def inspect(measuring: Measuring, survivors: Sequence[Method]) -> None:
 def score_tasks(
     measuring: Measuring, loaded: LoadedModel, text: str, recipes: Sequence[Sequence[str]], seed: int
 ) -> None:
-    """Needles, for dense and these recipes, at every length."""
-    for name, length in itertools.product(TASK_NAMES, measuring.lengths):
-        samples = TASKS[name](loaded.tokenizer, text, length, TASK_SAMPLES, seed)
+    """Needles and what is harder, for dense and these recipes, at every length."""
+    for (name, count), length in itertools.product(TASK_SAMPLES.items(), measuring.lengths):
+        samples = TASKS[name](loaded.tokenizer, text, length, count, seed)
         for specs in map(list, recipes):
             measuring.tick(f"{name}: {' + '.join(specs) or 'dense'}, {length} tokens", len(samples) * length)
             if len(measuring.log.of("task", recipe=specs, task=name, length=length)) >= len(samples):

@@ -19,8 +19,20 @@ from sparseland.report.words import recipe_name
 
 CALIBRATION_TOKENS = 2048
 REPEATS = 2
+# Decoded tokens when dense is timed again at the end.
+AGAIN_TOKENS = 32
 SCREEN_TOKENS = 24
 WARM_TOKENS = 2
+
+
+def survivable(error: BaseException) -> str | None:
+    """In a line, why one configuration can't be measured; None: the run can't go on either."""
+    if isinstance(error, SparselandError):
+        return str(error).splitlines()[0]
+    text = str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "memory" in text.lower():
+        return f"out of memory: {text}".splitlines()[0]
+    return None
 
 
 @dataclass
@@ -55,17 +67,25 @@ class Measuring:
         start = CALIBRATION_TOKENS + (self.ids.numel() - CALIBRATION_TOKENS - length - DECODE_TOKENS - 1) // 2
         return self.ids[start : start + length + DECODE_TOKENS + 1]
 
-    def measure_dense(self, length: int) -> float:
+    def measure_dense(self, length: int) -> None:
         self.tick(f"dense, {length} tokens", length)
         # The first call allocates and loads kernels.
         run_window(self.model, self.window(length), length, decode_tokens=WARM_TOKENS)
         self.dense[length] = run = run_window(self.model, self.window(length), length, REPEATS)
         if not self.log.of("measurement", label="dense", length=length):
             self.log.add(self._row([], "dense", length, run, None))
-        return run.prefill_s
 
-    def time_dense(self, length: int) -> float:
-        return run_window(self.model, self.window(length), length, REPEATS, 0).prefill_s
+    def time_dense_again(self, length: int) -> None:
+        """Note dense's times after all others: what changed meanwhile is noise in all of them."""
+        self.tick(f"dense again, {length} tokens", length)
+        before = self.dense[length]
+        after = run_window(self.model, self.window(length), length, REPEATS, AGAIN_TOKENS)
+        self.log.add(
+            {
+                "kind": "drift", "length": length, "before_s": before.prefill_s, "after_s": after.prefill_s,
+                "before_decode_ms": before.decode_ms, "after_decode_ms": after.decode_ms,
+            }
+        )  # fmt: skip
 
     def measure_all(self, methods: Sequence[Method], role: str) -> None:
         """One configuration at every length."""
@@ -80,14 +100,10 @@ class Measuring:
             return
         try:
             row = self._measure(methods, role, length, stage)
-        except SparselandError as error:
-            row = self._failed(specs, role, length, stage, str(error))
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            row = self._failed(specs, role, length, stage, f"out of memory: {error}")
-        except RuntimeError as error:
-            if "memory" not in str(error).lower():
+        except (SparselandError, MemoryError, RuntimeError) as error:
+            if (reason := survivable(error)) is None:
                 raise
-            row = self._failed(specs, role, length, stage, f"out of memory: {error}")
+            row = self._failed(specs, role, length, stage, reason)
         self.log.add(row)
 
     def _measure(self, methods: Sequence[Method], role: str, length: int, stage: str) -> dict[str, Any]:
@@ -148,11 +164,14 @@ class Measuring:
             "decode_ms": run.decode_ms, "dense_decode_ms": dense.decode_ms,
             "cache_bytes": run.cache_bytes, "dense_cache_bytes": same.cache_bytes,
             "head_density": heads if heads and all(heads) else None,
+            # Whether decoding is dense, on the library's kernels: such rows time the same thing.
+            "dense_decoding": (bool(methods) and not any(m.roles - {"prefill"} for m in methods))
+            or [m.card.slug for m in methods] == ["dense"],
             "windows": 1, "tail_tokens": min(TAIL_TOKENS, length - 1), "decode_tokens": decoded - 1,
         }  # fmt: skip
 
     def _failed(self, specs: list[str], role: str, length: int, stage: str, reason: str) -> dict[str, Any]:
         return {
             "kind": "measurement", "recipe": specs, "label": recipe_name(specs), "role": role,
-            "length": length, "stage": stage, "status": "failed", "reason": reason.splitlines()[0],
+            "length": length, "stage": stage, "status": "failed", "reason": reason,
         }  # fmt: skip
