@@ -53,7 +53,10 @@ class Recorded(FlexPrefill):
     """FlexPrefill that selects on what it is given, and computes what it selected on real inputs."""
 
     def pattern(self, x: AttentionInputs, calibration: Calibration | None = None) -> Pattern:
-        super().pattern(x)
+        made = super().pattern(x)
+        if isinstance(made, PiecedPattern):
+            for _ in made.pieces():  # its lists are made when they are needed: now
+                pass
         return RECORDED[x.q.shape[2]]
 
 

@@ -40,7 +40,13 @@ def load_inputs(
 
 
 def stretched(captured: list[AttentionInputs]) -> AttentionInputs:
-    """Llama-3.1-8B's shapes out of several layers of 9/3 heads of 64 (see above)."""
+    """Llama-3.1-8B's shapes out of three layers or more of 9/3 heads of 64 (see above).
+
+    Raises:
+        ValueError: fewer layers, whose heads would have to be repeated.
+    """
+    if len(captured) < 3:
+        raise ValueError(f"8 key heads need 3 layers of 3, got {len(captured)}")
     qs, ks, vs = [], [], []
     for i in range(8):
         x, other = captured[i % len(captured)], captured[(i + 1) % len(captured)]

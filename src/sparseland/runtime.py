@@ -114,7 +114,7 @@ class AttentionRuntime:
         if q.shape[2] == 1:
             return self._decode(q, k, v, mask, scale, tracked, local)
         marks = None if tracked is None or tracked.store is None or local else tracked.store.marks()
-        out = self._prompts(q, k, v, mask, scale, mask.window if local else None, marks)
+        out = self._prompts(q, k, v, mask, scale, mask.window, marks)
         if tracked is not None and not local:
             self._observe(tracked, q, k, v, mask, scale)
         return out
@@ -183,7 +183,7 @@ class AttentionRuntime:
     ) -> Tensor:
         n_queries, n_keys = q.shape[2], k.shape[2]
         start = self._clock(q)
-        if window is not None:
+        if window is not None and window < n_keys:
             # Where the model's own window binds it is the pattern; methods act on shorter prompts.
             pattern: Pattern = WindowPattern(n_queries, n_keys, 0, window)
         elif self.prefill is None:
@@ -196,17 +196,19 @@ class AttentionRuntime:
         selected = self._clock(q)
         if self.keep_pattern:
             self.last_pattern = pattern
-        if not torch.compiler.is_compiling():
-            self._count(pattern, q)
         if self.measure_time:
             before = self._clock(q)
             attend(q, k, v, pattern, scale=scale)
             self.tally.select_s += selected - start
             self.tally.attend_s += self._clock(q) - before
         if not self.measure_recall:
-            return attend(q, k, v, pattern, scale=scale)
+            out = attend(q, k, v, pattern, scale=scale)
+            self._count(pattern, q)  # after the computation, which counts what it makes piece by piece
+            return out
         out, lse = attend(q, k, v, pattern, scale=scale, return_lse=True)
-        full = WindowPattern.dense(n_queries, n_keys) if window is None else pattern
+        self._count(pattern, q)
+        bound = window is not None and window < n_keys
+        full = pattern if bound else WindowPattern.dense(n_queries, n_keys)
         _, dense_lse = attend(q, k, v, full, scale=scale, return_lse=True)
         # The softmax denominators tell the kept mass: no second pass over the pairs.
         self.tally.recall = self.tally.recall + (lse - dense_lse).exp().sum((0, 2)).double()
@@ -264,6 +266,8 @@ class AttentionRuntime:
     # ------------------------------------------------------------ counts
 
     def _count(self, pattern: Pattern, q: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
         batch, heads = q.shape[:2]
         pairs = pattern.pairs().double()
         per_head = pairs.expand(batch, heads).sum(0)

@@ -136,6 +136,28 @@ def test_output_lse_and_gradients(name: str, backend: str) -> None:
         assert relative(got, wanted.double()) < 3 * TOLERANCE[case.dtype]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", ["a query", "a key"])
+def test_what_is_no_number_shows_in_output_and_lse(where: str, backend: str) -> None:
+    """In those that see it, and in no others: an lse of -inf would make a merge take the row for empty."""
+    q, k, v, pattern = (t.detach() if isinstance(t, Tensor) else t for t in inputs(CASES[next(iter(CASES))]))
+    mask = pattern.mask()
+    q, k = q.clone(), k.clone()
+    (q if where == "a query" else k)[:, 0, 20] = math.nan
+    group = q.shape[1] // k.shape[1]
+    harmed = torch.zeros(mask.shape[:3], dtype=torch.bool, device=DEVICE)
+    if where == "a query":
+        harmed[:, 0, 20] = mask[:, 0, 20].any(-1)
+    else:
+        harmed[:, :group] = mask[:, :group, :, 20]
+    harmed = harmed.expand(q.shape[:3])
+    assert harmed.any()
+    out, lse = block_sparse_attention(q, k, v, pattern, return_lse=True, backend=backend)
+    assert torch.equal(lse.isnan(), harmed)
+    assert torch.equal(out.isnan().all(-1), harmed)
+    assert torch.equal(out.isnan().any(-1), harmed)
+
+
 def skip_where_missing(backend: str, D: int) -> None:
     if backend == "fa4":
         pytest.importorskip("flash_attn.cute")

@@ -305,8 +305,10 @@ def test_a_key_that_is_no_number_harms_only_those_that_see_it(bad: float, backen
     want, _ = dense(q, k, v, pattern.mask())
     k = k.clone()
     k[:, :, 70] = bad
-    out = block_column_attention(q, k, v, pattern, backend=backend)
+    out, lse = block_column_attention(q, k, v, pattern, return_lse=True, backend=backend)
     assert reads[70:].any()
+    if math.isnan(bad):
+        assert torch.equal(lse.isnan(), pattern.mask()[..., 70].expand(lse.shape))
     assert_close("out", out[:, :, ~reads], want[:, :, ~reads], torch.float32)
 
 

@@ -94,3 +94,11 @@ def test_refusals() -> None:
         merge_attention([])
     with pytest.raises(SparselandError, match=r"must be \[3, 2\]"):
         merge_attention([(torch.zeros(3, 2), torch.zeros(3)), (torch.zeros(4, 2), torch.zeros(4))])
+
+
+def test_a_part_that_is_no_number_makes_the_whole_none() -> None:
+    whole, nothing = torch.ones(2, 3), torch.zeros(2, 3)
+    lse = torch.tensor([0.0, math.nan])
+    out, total = merge_attention([(whole, lse), (nothing, torch.full((2,), -math.inf))])
+    assert out.isnan().all(-1).tolist() == [False, True]
+    assert total.isnan().tolist() == [False, True]

@@ -218,3 +218,24 @@ def test_clear_errors() -> None:
         window_attention(q, k, v, sinks=0, window=4, backend="sdpa")
     with pytest.raises(SparselandError, match="no log-sum-exp"):
         window_attention(q, k, v, sinks=0, window=200, return_lse=True, backend="sdpa")
+
+
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_keys_that_are_no_numbers_harm_only_those_that_see_them(bad: float, backend: str) -> None:
+    """Neither the queries before them, nor those that no longer see them; also where there are several."""
+    q, k, v = inputs((1, 4, 2, 190, 190, 64, 3, 40))
+    want, want_lse = window_attention(q, k, v, sinks=3, window=40, return_lse=True, backend="reference")
+    k = k.clone()
+    k[:, 0, 10] = k[:, 0, 60:62] = k[:, 1, 150] = bad
+    out, lse = window_attention(q, k, v, sinks=3, window=40, return_lse=True, backend=backend)
+    i = torch.arange(190)
+    harmed = torch.zeros(1, 4, 190, dtype=torch.bool)
+    for head, keys in ((0, (10, 60, 61)), (1, (150,))):
+        for j in keys:
+            harmed[:, 2 * head : 2 * head + 2] |= (i >= j) & (i - j < 40)
+    clean = ~harmed.to(DEVICE)
+    assert_close("out", out[clean], want[clean], torch.float32)
+    assert_close("lse", lse[clean], want_lse[clean], torch.float32)
+    if bad != -math.inf:  # where it meets a positive query channel that is +inf too
+        assert not out[~clean].isfinite().all(-1).any()

@@ -46,9 +46,9 @@ def merge_attention(
     shift = shift.masked_fill(shift == -math.inf, 0)
     weights = (lses - shift).exp()
     total = weights.sum(0)
-    seen = total > 0
+    seen = total != 0  # a NaN in any part is NaN in the whole
     safe = total.masked_fill(~seen, 1)
     merged = torch.zeros(shape, dtype=torch.promote_types(parts[0][0].dtype, lses.dtype), device=lses.device)
     for weight, (out, _) in zip(weights, parts, strict=True):
-        merged = merged + torch.where((weight > 0)[..., None], out, 0) * (weight / safe)[..., None]
+        merged = merged + torch.where((weight != 0)[..., None], out, 0) * (weight / safe)[..., None]
     return merged.to(parts[0][0].dtype), (safe.log() + shift).masked_fill(~seen, -math.inf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Int
@@ -16,7 +16,7 @@ from sparseland.patterns.base import Pattern
 class PiecedPattern(Pattern):
     """A pattern that is made a stretch of queries at a time: all its lists at once would fill the memory.
 
-    Computing and counting each make the lists anew, and drop them again.
+    Going through the pieces makes the lists, and drops them again; their pairs are counted on the way.
 
     Args:
         make: called with ``(start, stop)``, gives the pattern of the queries ``[start, stop)`` of this call:
@@ -26,16 +26,24 @@ class PiecedPattern(Pattern):
 
     make: Callable[[int, int], Pattern]
     stops: tuple[int, ...]
+    _counted: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def pieces(self) -> Iterator[tuple[slice, Pattern]]:
         """The queries of each stretch, and their pattern, made now."""
-        start = 0
+        start, pairs = 0, []
         for stop in self.stops:
-            yield slice(start, stop), self.make(start, stop)
+            piece = self.make(start, stop)
+            pairs.append(piece.pairs())
+            yield slice(start, stop), piece
             start = stop
+        self._counted[:] = [torch.stack(pairs).sum(0)]
 
     def pairs(self) -> Int[Tensor, "B H"]:
-        return torch.stack([pattern.pairs() for _, pattern in self.pieces()]).sum(0)
+        """Without work where the pieces have been gone through before."""
+        if not self._counted:
+            for _ in self.pieces():
+                pass
+        return self._counted[0]
 
     def mask(self) -> Bool[Tensor, "B H Nq Nk"]:
         masks = [pattern.mask() for _, pattern in self.pieces()]

@@ -263,8 +263,9 @@ def _compute(
             mbarrier.arrive(v_empty.index(v_stage), count=1)
             step += 1
 
-        seen = b_l > 0
-        b_l = gl.where(seen, b_l, 1.0)
+        # Not "b_l > 0": a query or key that is NaN must show.
+        unseen = b_l == 0.0
+        b_l = gl.where(unseen, 1.0, b_l)
         base = (i_b * H + i_h).to(gl.int64) * Nq
         if count > 0:
             # The output leaves through the place of the last keys, once both warpgroups have read them.
@@ -281,7 +282,7 @@ def _compute(
             p_out = out + (base + i_row.to(gl.int64))[:, None] * D + i_d[None, :]
             gl.store(p_out, o.to(q_desc.dtype), mask=(i_row < Nq)[:, None])
         if NEED_LSE:
-            b_lse = gl.where(seen, (b_m + gl.log2(b_l)) * 0.6931471805599453, float("-inf"))
+            b_lse = gl.where(unseen, float("-inf"), (b_m + gl.log2(b_l)) * 0.6931471805599453)
             i_row = m0 + gl.arange(0, 64, layout=S_ROWS)
             gl.store(lse + base + i_row.to(gl.int64), b_lse, mask=i_row < Nq)
         if count > 0:

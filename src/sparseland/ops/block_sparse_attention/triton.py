@@ -151,14 +151,15 @@ def _forward_kernel(
         scale_log2, D, BD, BS, BN, True, TMA,
     )  # fmt: skip
 
-    seen = b_l > 0
-    b_l = tl.where(seen, b_l, 1.0)
+    # Not "b_l > 0": a query or key that is NaN must show.
+    unseen = b_l == 0.0
+    b_l = tl.where(unseen, 1.0, b_l)
     b_o = acc / b_l[:, None]
     i_row = (i_b * H + i_h) * Nq + m0
     out += i_row * D + tl.arange(0, BM)[:, None] * D + i_d[None, :]
     tl.store(out, b_o.to(out.dtype.element_ty), mask=(i_m < Nq)[:, None] & (i_d < D)[None, :])
     if NEED_LSE:
-        b_lse = tl.where(seen, (b_m + tl.log2(b_l)) * LN2, float("-inf"))
+        b_lse = tl.where(unseen, float("-inf"), (b_m + tl.log2(b_l)) * LN2)
         tl.store(lse + i_row + tl.arange(0, BM), b_lse, mask=i_m < Nq)
 
 

@@ -237,8 +237,9 @@ def label_scores(
     lists = batch * (label_heads if together else heads)
     per_slice, n_slices = split(n_rows, BN, lists, _PER_SM * n_multiprocessors(q.device))
     arguments = (
-        q, channels.contiguous(), rows, ranges, first_key, out, n_rows, per_slice, *q.stride()[:2], q.stride(3),
-        *rows.stride()[:3], *_strides(ranges), label_heads if together else heads, count,
+        q, channels.contiguous(), rows, ranges, first_key, out, n_rows, per_slice,
+        *q.stride()[:2], q.stride(3), *rows.stride()[:3], *_strides(ranges),
+        label_heads if together else heads, count,
     )  # fmt: skip
     known = {
         "SHARE": share, "W": width, "BITS": bits, "HAS_FIRST": first_key is not None, "BN": BN, "BW": BW,

@@ -165,10 +165,11 @@ def _forward_kernel(
             scale_log2, D, BD, BN, WIDE, True,
         )  # fmt: skip
 
-    got = b_l > 0
-    b_l = tl.where(got, b_l, 1.0)
+    # Not "b_l > 0": a query or key that is NaN must show.
+    unseen = b_l == 0.0
+    b_l = tl.where(unseen, 1.0, b_l)
     b_o = acc / b_l[:, None]
-    b_lse = tl.where(got, (b_m + tl.log2(b_l)) * LN2, float("-inf"))
+    b_lse = tl.where(unseen, float("-inf"), (b_m + tl.log2(b_l)) * LN2)
     i_row = (i_b * H + i_h) * Nq + m0
     out += i_row * D + tl.arange(0, BM)[:, None] * D + i_d[None, :]
     tl.store(out, b_o.to(out.dtype.element_ty), mask=(i_m < Nq)[:, None] & (i_d < D)[None, :])

@@ -13,6 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparseland.ops.window_attention.reference import masked_attention
+
+# Queries that see a key which is not finite, computed at a time.
+_SPOILED_ROWS = 64
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -126,20 +131,27 @@ def _banded_around_bad_keys(
     out: Float[Tensor, "Hkv G Nq D"],
     lse: Float[Tensor, "Hkv G Nq"],
 ) -> None:
-    """Queries before a bad key are computed without it: the additive mask lets it through (NaN - inf)."""
+    """Keys that are not finite count for those queries alone that see them.
+
+    The additive mask of the kernel would let them through (NaN - inf), and 0 * inf is NaN: for all others
+    they are 0, and what sees one is computed by itself.
+    """
     offset = k.shape[1] - q.shape[2]
+    position = torch.arange(offset, k.shape[1])
     for h in range(k.shape[0]):
         at = slice(h, h + 1)
-        bad = (~k[h].isfinite().all(-1)).nonzero()
-        first = int(bad[0]) if len(bad) else k.shape[1]
-        before = min(max(first - offset, 0), q.shape[2])
-        if before:
-            n = offset + before
-            part = (q[at, :, :before], k[at, :n], v[at, :n], sinks, window, scale)
-            _banded(*part, out[at, :, :before], lse[at, :, :before])
-        if before < q.shape[2]:
-            rest = (q[at, :, before:], k[at], v[at], sinks, window, scale)
-            _banded(*rest, out[at, :, before:], lse[at, :, before:])
+        bad = ~k[h].isfinite().all(-1)
+        _banded(
+            q[at], k[at].masked_fill(bad[None, :, None], 0), v[at], sinks, window, scale, out[at], lse[at]
+        )
+        spoiled = torch.zeros(q.shape[2], dtype=torch.bool)
+        for j in bad.nonzero().flatten().tolist():
+            spoiled |= (position >= j) & ((position - j < window) | (j < sinks))
+        for rows in spoiled.nonzero().flatten().split(_SPOILED_ROWS):
+            hidden = _mask(position[rows], torch.arange(k.shape[1]), sinks, window, torch.float32)
+            out[at, :, rows], lse[at, :, rows] = masked_attention(
+                q[at, :, rows], k[None, at], v[None, at], hidden[None, None] == 0, scale
+            )
 
 
 def _mask(
