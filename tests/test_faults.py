@@ -69,3 +69,19 @@ def test_rows_of_very_different_lengths_in_one_batch(slug):
     # Positions differ (padding shifts them), attention of a rotary model does not.
     assert together.isfinite().all()
     torch.testing.assert_close(together, alone, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("slug", ["flexprefill", "minference", "streaming"])
+def test_a_row_shorter_than_the_models_window_gets_the_method(slug):
+    """In a batch whose longest row the window binds: as it would alone."""
+    model = tiny_model("mistral", sliding_window=300, max_position_embeddings=1024)
+    ids = torch.randint(3, 128, (2, 400), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :150] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), sl.apply(model, sparse_setting(slug), calibration_ids=ids[:1, :256]):
+        together = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        alone = model(input_ids=ids[1:, 150:]).logits
+        long = model(input_ids=ids[:1]).logits
+    torch.testing.assert_close(together[1, 150:], alone[0], rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(together[0], long[0], rtol=2e-4, atol=2e-4)

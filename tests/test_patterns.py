@@ -102,15 +102,17 @@ def test_a_pattern_made_in_pieces_is_the_whole_pattern(shape, step, monkeypatch)
         rows = mask[:, :, start // size : cdiv(stop, size), : cdiv(seen, size)]
         return BlockPattern.from_block_mask(rows, size, stop - start, seen)
 
+    calls = []
     monkeypatch.setattr(patterns.parts, "_LIST_BYTES", 10 * step)
-    pattern = in_pieces(make, n_queries, n_keys, size, 10)
+    pattern = in_pieces(lambda *at: calls.append(at) or make(*at), n_queries, n_keys, size, 10)
     assert isinstance(pattern, PiecedPattern) == (step < cdiv(n_queries, size))
-    assert torch.equal(pattern.mask(), whole.mask())
-    assert torch.equal(pattern.pairs(), whole.pairs())
     g = torch.Generator().manual_seed(0)
     q = torch.randn(2, 3, n_queries, 8, generator=g)
     k, v = (torch.randn(2, 3, n_keys, 8, generator=g) for _ in range(2))
     got = attend(q, k, v, pattern, scale=0.3, return_lse=True)
+    assert torch.equal(pattern.pairs(), whole.pairs())
+    assert len(calls) == cdiv(cdiv(n_queries, size), step)  # counted on the way: no list is made twice
+    assert torch.equal(pattern.mask(), whole.mask())
     for a, b in zip(got, attend(q, k, v, whole, scale=0.3, return_lse=True), strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(attend(q, k, v, pattern, scale=0.3), got[0])

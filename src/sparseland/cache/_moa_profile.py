@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparseland.cache._moa_plan import Plan
+from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs
 from sparseland.ops.attend import attend
 from sparseland.patterns import Pattern, WindowPattern
@@ -100,6 +101,10 @@ def profile(
             found = influence(model, piece[None], labels[None], block, effect)
             total = found if total is None else total + found
     assert total is not None
+    if not total.isfinite().all():
+        raise SparselandError(
+            f"moa: the model's gradients on the calibration text ({length} tokens a piece) are not finite"
+        )
     return total.cpu() / len(pieces)
 
 

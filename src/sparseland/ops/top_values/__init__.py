@@ -49,7 +49,8 @@ def top_mask(
         ``[*batch, n]`` bool.
 
     Raises:
-        SparselandError: not float32, ``forced`` is negative, or the requested backend can't run the input.
+        SparselandError: not float32, a row of 2^31 numbers or more, ``forced`` is negative, or the requested
+            backend can't run the input.
     """
     _check("top_mask", values)
     if forced < 0:
@@ -86,7 +87,8 @@ def covering(
         that never does, or that holds a number which is not finite, gives 0 and ``n + 1``: all.
 
     Raises:
-        SparselandError: not float32, or the requested backend can't run the input.
+        SparselandError: not float32, a row of 2^31 numbers or more, or the requested backend can't run the
+            input.
     """
     _check("covering", weights)
     chosen = choose("covering", BACKENDS, backend, weights)
@@ -101,6 +103,8 @@ def covering(
 def _check(op: str, x: Tensor) -> None:
     if x.dim() < 1 or x.dtype != torch.float32:
         raise SparselandError(f"{op}: rows of float32 numbers are needed, got {x.dtype} {list(x.shape)}")
+    if x.shape[-1] >= 1 << 31:
+        raise SparselandError(f"{op}: a row may have up to 2^31 - 1 numbers, got {x.shape[-1]}")
 
 
 @torch.library.custom_op("sparseland::top_mask", mutates_args=())
