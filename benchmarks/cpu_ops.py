@@ -9,6 +9,8 @@ from sparseland.bench import BENCHMARKS, run
 from sparseland.machine import circumstances
 from sparseland.recipe import write_atomically
 
+LENGTH = 8192
+
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=Path, required=True)
 parser.add_argument("--ops", default=",".join(BENCHMARKS))
@@ -20,7 +22,7 @@ result = {
     "rows": [],
 }
 for op in options.ops.split(","):
-    for row in run(op):
+    for row in run(op, LENGTH if "length" in BENCHMARKS[op].options else None):
         result["rows"].append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 write_atomically(options.out, json.dumps(result, indent=1).encode())

@@ -234,7 +234,7 @@ def main() -> None:
                 for layer in decoder_of(model).layers:
                     in_pieces(layer.mlp)
                 ids = torch.randint(1000, (1, n), device="cuda")
-                return compare(name, model, ids, Recorded(gamma=options.gamma), 1)
+                return compare(name, model, ids, Recorded(gamma=options.gamma), 3 if n <= 524_288 else 2)
 
             torch.cuda.empty_cache()
             add(run)

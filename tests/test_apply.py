@@ -1,13 +1,16 @@
 """apply() on every supported architecture: it acts, it is exact where it must be, and it leaves no trace."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import sparseland as sl
+from sparseland.method import Calibration, parse_spec
 from sparseland.models.capture import capture_qkv
 from sparseland.models.surgery import attention_layers, decoder_linears
 from sparseland.models.tiny import TINY_ARCHITECTURES, tiny_model
@@ -339,3 +342,89 @@ def test_a_failure_while_applying_leaves_no_trace(models, ids, monkeypatch):
     with pytest.raises(sl.SparselandError, match="no memory for more"):
         sl.apply(model, [SPARSE, "r-sparse"], calibration_ids=ids)
     assert torch.equal(logits(model, ids), expected)
+
+
+def test_the_readmes_line_of_specs_works(models):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (line,) = re.findall(r'sl\.apply\(model, "([^"]*)"\)', readme)
+    ids = torch.randint(3, 128, (1, 256), generator=torch.Generator().manual_seed(0))
+    with sl.apply(models["llama"], line, calibration_ids=ids) as handle:
+        assert [m.card.slug for m in handle.methods] == ["flexprefill", "double-sparsity"]
+        assert handle.methods[0] == sl.FlexPrefill(gamma=0.95)
+
+
+@pytest.mark.parametrize("methods", [5, None, 0.5, [5], ["streaming", None]])
+def test_methods_of_a_wrong_type_are_refused(models, methods):
+    with pytest.raises(sl.SparselandError, match="was expected, not"):
+        sl.apply(models["llama"], methods)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(sl.SparselandError, match="a transformers model was expected, not str"):
+        sl.apply("some/model", SPARSE)
+
+
+def test_a_linear_method_on_a_model_without_linear_layers_is_refused(ids):
+    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=4, vocab_size=128)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(sl.SparselandError, match=r"GPT2LMHeadModel: r-sparse found no torch.nn.Linear"):
+        sl.apply(model, [SPARSE, "r-sparse"], calibration_ids=ids)
+    assert model.config._attn_implementation == "sdpa"
+    sl.apply(model, SPARSE).remove()
+
+
+# ------------------------------------------------------- calibrations of another model
+
+CALIBRATED = {
+    "double-sparsity": "double-sparsity:dense_layers=0,group=mean",
+    "sale": "sale:dense_up_to=64",
+    "r-sparse": "r-sparse",
+    "moa": "moa:density=0.5,block_size=16",
+}
+
+
+@pytest.fixture(scope="module")
+def learnt(models):
+    """What each method learns about the tiny Llama."""
+    ids = torch.randint(3, 128, (1, 160), generator=torch.Generator().manual_seed(0))
+    return {slug: parse_spec(spec).calibrate(models["llama"], ids) for slug, spec in CALIBRATED.items()}
+
+
+@pytest.mark.parametrize("slug", CALIBRATED)
+@pytest.mark.parametrize(
+    "other",
+    [{"num_attention_heads": 8}, {"num_key_value_heads": 4}, {"head_dim": 32}, {"num_hidden_layers": 4}],
+)
+def test_a_calibration_of_another_model_is_one_line(learnt, slug, other, ids):
+    known = learnt[slug]
+    affected = {
+        "sale": {"num_attention_heads", "num_hidden_layers"},
+        "moa": {"num_key_value_heads", "num_hidden_layers"},
+    }.get(slug, set(other))
+    model = tiny_model("llama", **other)
+    expected = logits(model, ids)
+    if not affected & set(other):
+        sl.apply(model, CALIBRATED[slug], calibrations={slug: known}).remove()
+        return
+    with pytest.raises(sl.SparselandError, match=f"^{slug}: ") as caught:
+        sl.apply(model, CALIBRATED[slug], calibrations={slug: known})
+    assert "\n" not in str(caught.value)
+    assert torch.equal(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("slug", CALIBRATED)
+def test_an_empty_calibration_is_refused_and_a_right_one_is_not(models, learnt, slug, ids):
+    model = models["llama"]
+    with sl.apply(model, CALIBRATED[slug], calibrations={slug: learnt[slug]}):
+        assert logits(model, ids).isfinite().all()
+    with pytest.raises(sl.SparselandError, match=f"{slug}: "):
+        sl.apply(model, CALIBRATED[slug], calibrations={slug: Calibration()})
+
+
+@pytest.mark.parametrize("slug", ["double-sparsity", "sale", "r-sparse"])
+def test_a_calibration_with_numbers_that_are_none_is_refused(models, learnt, slug):
+    known = copy.deepcopy(learnt[slug])
+    for tensor in known.tensors.values():
+        tensor.fill_(torch.nan)
+    with pytest.raises(sl.SparselandError, match=f"{slug}: .* numbers only"):
+        sl.apply(models["llama"], CALIBRATED[slug], calibrations={slug: known})

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 import sparseland
-from sparseland.cli import main
+from sparseland.cli import catalog, main
 from sparseland.cli.catalog import recorded_results
 from sparseland.cli.generate import check_context, encode, read_prompt
+from sparseland.cli.measured import run_bench
 from sparseland.cli.output import finite
 from sparseland.errors import SparselandError
 
@@ -59,6 +60,11 @@ def refuse(capsys, *arguments: str, code: int = 2) -> str:
         ("frontier --methods mustafar:color=1", ["no parameter 'color'", "sparsity"]),
         ("frontier --methods mustafar:sparsity=2", ["sparsity=2", "must be a number", "< 1"]),
         ("frontier --methods mustafar:sparsity", ["write key=value"]),
+        ("frontier --methods ,", ["a name is empty"]),
+        ("frontier --methods mustafar,", ["a name is empty"]),
+        ("frontier --methods mustafar:", ["a parameter is empty", "mustafar:key=value"]),
+        ("study sparse-frontier --units ,", ["--units ','", "a name is empty"]),
+        ("study sparse-frontier --tasks needle,,words", ["--tasks 'needle,,words'", "a name is empty"]),
         ("frontier --lengths abc", ["'abc' is not allowed", "2048,8192"]),
         ("frontier --lengths 2048,,4096", ["'' is not allowed"]),
         ("frontier --lengths 2048,-1", ["'-1' is not allowed"]),
@@ -96,6 +102,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, words):
         ("--tolerance -1", ["tolerance=-1"]),
         ("--text /nowhere/text.txt", ["/nowhere/text.txt"]),
         ("--dtype float8", ["float8", "bfloat16"]),
+        ("--device meta", ["device='meta'", "no values"]),
         ("--rope-scale 0.5", ["0.5"]),
         ("/nowhere/model", ["/nowhere/model"]),
     ],
@@ -216,6 +223,23 @@ def test_generate_with_a_recipe_is_sparse_and_leaves_the_model_dense(capsys, tin
     assert capsys.readouterr().out == tiny.answer + "\n"
 
 
+def test_generate_says_what_it_calibrates_and_what_keeps_it(capsys, tiny, tmp_path, monkeypatch):
+    ids = torch.randint(3, 128, (1, 64), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("sparseland.handle._default_calibration_ids", lambda *_: ids)
+    path = tmp_path / "recipe.json"
+    arguments = ["generate", "--prompt", "hello there", "--max-new-tokens", "2", "--recipe", str(path)]
+    methods = [{"slug": "double-sparsity"}, {"slug": "mustafar"}, {"slug": "r-sparse"}]
+    path.write_text(json.dumps({"schema": 1, "methods": methods}))
+    assert main(arguments) == 0
+    first, _ = capsys.readouterr().err.splitlines()
+    assert first.startswith("sparseland: calibrating double-sparsity, r-sparse on the default text")
+    assert "handle.recipe().save() keep it" in first
+    with sparseland.apply(tiny.model, ["double-sparsity", "r-sparse"], calibration_ids=ids) as handle:
+        handle.recipe().save(path)
+    assert main(arguments) == 0
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_ctrl_c_in_generate_ends_the_line_first(capsys, tiny, monkeypatch):
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -304,6 +328,36 @@ def test_show_prints_the_card_with_parameters_and_claims(capsys):
     assert parameter["allowed"] in text
     assert card["claims"]
     assert all(" ".join(claim.split()[:5]) in text for claim in card["claims"])
+
+
+@pytest.mark.parametrize("slug", ["minference", "double-sparsity", "sparse-frontier", "moa", "flexprefill"])
+def test_measurements_in_show_are_whole_words_in_100_columns(capsys, slug):
+    """A name or heading that is recorded stands in one piece at the beginning of a line."""
+    recorded = [e for e in recorded_results(slug) if "ours" not in e]
+    names = {k for e in recorded for k, v in e.items() if not isinstance(v, dict | list)} - {"file", "slug"}
+    assert main(["show", slug]) == 0
+    lines = capsys.readouterr().out.partition("Our measurements")[2].splitlines()
+    assert names <= {line.split()[0] for line in lines if line.strip()}
+    assert max(map(len, lines)) <= 100
+    for entry in recorded:
+        if "recipe" in entry:
+            words = {word for line in lines for word in re.split(r"[\s:,]+", line)}
+            assert set(re.split("[:,]", entry["recipe"])) <= words
+
+
+def test_measurements_in_show_stand_beside_each_other(capsys, monkeypatch):
+    entries = [{"file": "f.json", "slug": "moa", "length": n, "layers": [1]} for n in (512, 1024, 2048, 4096)]
+    entries[1]["note"] = "moa:density=0.25,new_tokens=64"
+    monkeypatch.setattr(catalog, "recorded_results", lambda slug: entries)
+    assert main(["show", "moa"]) == 0
+    lines = capsys.readouterr().out.partition("f.json\n")[2].splitlines()
+    assert [line.split() for line in lines if line] == [
+        ["length", "512", "1024", "2048"],
+        ["note", "–", "moa:", "–"],
+        ["density=0.25,"],
+        ["new_tokens=64"],
+        ["length", "4096"],
+    ]
 
 
 def test_show_finds_recorded_results_at_any_depth(tmp_path, monkeypatch, capsys):
@@ -429,19 +483,62 @@ def test_ctrl_c_in_frontier_says_where_the_results_are(capsys, frontier, tmp_pat
     assert "goes on from there" in err
 
 
-def test_bench_prints_a_table_or_json(capsys, monkeypatch):
-    rows = [{"op": "x", "speedup": 1.23456, "of_ideal": None}, {"op": "x", "speedup": 2.0, "note": "[red]"}]
+@pytest.fixture
+def bench(monkeypatch):
+    """A benchmark that measures nothing; ``seen`` keeps what it was asked."""
+    row = {"op": "x", "length": 512, "dtype": "[red]", "speedup": 1.23456, "of_ideal": None}
     module = types.ModuleType("sparseland.bench")
-    module.run = lambda op: rows
+    module.seen = []
+
+    def run(op: str, **options: Any) -> list[dict[str, Any]]:
+        progress = options.pop("progress")
+        module.seen.append((op, options))
+        print("a library's chatter")
+        progress("preparing inputs", 0.0)
+        progress("x, 1 of 2", 0.0)
+        fa4 = {"fa4": "it needs a CUDA device"}
+        return [
+            {**row, "rivals_ms": {"sdpa": 1.0}, "not_run": fa4},
+            {**row, "dtype": "bfloat16", "speedup": 2.0, "not_run": {**fa4, "flex": "it failed"}},
+        ]
+
+    module.run = run
     monkeypatch.setitem(sys.modules, "sparseland.bench", module)
     monkeypatch.setattr(sparseland, "bench", module, raising=False)
-    assert main(["bench", "x", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == rows
+    return module
+
+
+def test_bench_prints_a_table_and_progress_on_stderr(capsys, bench):
     assert main(["bench", "x"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["op", "speedup", "of_ideal", "note"]
-    assert lines[2].split() == ["x", "1.235", "–", "–"]
-    assert lines[3].split() == ["x", "2", "–", "[red]"]
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == "op x, length 512"
+    assert lines[2].split() == ["dtype", "speedup", "of_ideal"]
+    assert lines[4].split() == ["[red]", "1.235", "–"]
+    assert lines[5].split() == ["bfloat16", "2", "–"]
+    assert "not run: fa4: it needs a CUDA device" in lines
+    assert "not run: flex in 1 of 2 rows: it failed" in lines
+    assert "0 %  preparing inputs" in err
+    assert "0 %  x, 1 of 2" in err
+    assert "chatter" in err
+
+
+def test_bench_json_says_what_it_was_measured_on(capsys, bench):
+    assert main(["bench", "x", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["command"] == "sparseland bench x --json"
+    assert said["versions"]["torch"] == torch.__version__
+    assert said["machine"]["cores"] >= 1
+    assert said["threads"] == torch.get_num_threads()
+    assert said["date"].endswith("+00:00")
+    assert [row["speedup"] for row in said["rows"]] == [1.23456, 2.0]
+    assert said["rows"][0]["rivals_ms"] == {"sdpa": 1.0}
+
+
+def test_bench_passes_on_length_density_and_command(capsys, bench):
+    run_bench("x", True, length=1024, density=0.25, command="sparseland bench x --length 1024")
+    assert bench.seen == [("x", {"length": 1024, "density": 0.25})]
+    assert json.loads(capsys.readouterr().out)["command"] == "sparseland bench x --length 1024"
 
 
 CLAIM = """

@@ -4,12 +4,15 @@ import dataclasses
 from typing import ClassVar
 
 import pytest
+import torch
 
 import sparseland
 from sparseland.errors import SparselandError
 from sparseland.method import (
+    Calibration,
     Card,
     Method,
+    as_methods,
     describe_params,
     find_by_class_name,
     method_class,
@@ -123,4 +126,52 @@ def test_unknown_names_are_one_clear_line():
 def test_a_comma_separates_specs_only_where_no_parameter_follows():
     assert split_specs("a,b:x=1,y=2,c") == ["a", "b:x=1,y=2", "c"]
     assert split_specs("a:x=1,b:y=2") == ["a:x=1", "b:y=2"]
-    assert split_specs(" a ,, b") == ["a", "b"]
+    assert split_specs(" a , b") == ["a", "b"]
+    assert split_specs("") == []
+
+
+@pytest.mark.parametrize("text", [",", "a,", ",a", "a,,b", "a:x=1, ,b", " "])
+def test_an_empty_name_between_commas_is_refused(text):
+    with pytest.raises(SparselandError, match="a name is empty; write specs such as"):
+        split_specs(text)
+
+
+@pytest.mark.parametrize("spec", ["flexprefill:", "flexprefill: ", "flexprefill:gamma=0.9,", "flexprefill:,"])
+def test_an_empty_parameter_is_refused(spec):
+    with pytest.raises(SparselandError, match="a parameter is empty; write flexprefill or flexprefill:key"):
+        parse_spec(spec)
+
+
+def test_methods_come_as_specs_in_a_line_as_one_method_or_in_any_list():
+    expected = [parse_spec("flexprefill:gamma=0.9,min_budget=512"), parse_spec("mustafar")]
+    assert as_methods("flexprefill:gamma=0.9,min_budget=512,mustafar") == expected
+    assert as_methods(expected[0]) == expected[:1]
+    assert as_methods((expected[0], "mustafar")) == expected
+    for value in (5, None, 0.5):
+        with pytest.raises(SparselandError, match=f"a list of them was expected, not {value}"):
+            as_methods(value)
+    with pytest.raises(SparselandError, match="a method or a spec was expected, not int"):
+        as_methods([5])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (None, "lacks 'a'"),
+        (torch.zeros(3, 2), r"'a' is \[3, 2\], this model's is \[2, 3\]"),
+        (torch.zeros(2, 3, dtype=torch.int64), "finite numbers only"),
+        (torch.full((2, 3), torch.nan), "finite numbers only"),
+        (torch.full((2, 3), torch.inf), "finite numbers only"),
+    ],
+)
+def test_a_calibration_gives_out_tensors_of_the_right_shape_only(tensor, words):
+    found = Calibration({}, {} if tensor is None else {"a": tensor})
+    with pytest.raises(SparselandError, match=words):
+        found.tensor("sample", "a", (2, 3))
+
+
+def test_a_calibration_gives_out_what_fits():
+    bounds = torch.full((2,), -torch.inf)
+    found = Calibration({}, {"a": torch.ones(2, 3), "bounds": bounds})
+    assert found.tensor("sample", "a", (2, 3)) is found.tensors["a"]
+    assert found.tensor("sample", "bounds", (2,), finite=False) is bounds

@@ -48,6 +48,9 @@ def test_a_recipe_for_other_shapes_is_refused(saved):
     [
         (lambda d: d.pop("schema"), "no schema number"),
         (lambda d: d.update(schema=99), "newer than this sparseland"),
+        (lambda d: d.update(schema=0), "schema 0, which never was"),
+        (lambda d: d.update(schema=-3), "schema -3, which never was"),
+        (lambda d: d.update(schema=True), "no schema number"),
         (lambda d: d.update(methods="x"), "'methods' must be a list"),
         (lambda d: d.update(methods=[3]), "must have a slug"),
         (lambda d: d["methods"][0].update(slug="nope"), "unknown method 'nope'"),
@@ -89,3 +92,8 @@ def test_an_unwritable_folder_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(sl.SparselandError, match="can't write the recipe"):
         sl.Recipe().save(tmp_path / "file" / "recipe.json")
+
+
+def test_methods_may_be_given_as_one_line_of_specs():
+    recipe = sl.Recipe("mustafar:sparsity=0.5,r-sparse")
+    assert [m.spec for m in recipe.methods] == ["mustafar:sparsity=0.5", "r-sparse"]

@@ -23,11 +23,12 @@ from sparseland.method import (
     Role,
     SelectMethod,
     StoreMethod,
-    as_method,
+    as_methods,
 )
-from sparseland.models.attention import ATTRIBUTE, NAME, switch, switched, tiny_ids
+from sparseland.models.attention import NAME, evaluating, switch
 from sparseland.models.caches import cache_hook
 from sparseland.models.modality import track_modality
+from sparseland.models.probe import probe
 from sparseland.models.rope import find_ropes
 from sparseland.models.surgery import attention_layers, decoder_linears, decoder_of, replace_module
 from sparseland.runtime import AttentionRuntime, Tally
@@ -167,7 +168,8 @@ def apply(
 
     Args:
         model: a transformers decoder whose attention goes through ``AttentionInterface``.
-        methods: a spec (``"flexprefill:gamma=0.9"``), a method, a list of them, or a recipe.
+        methods: specs (``"flexprefill:gamma=0.9"``, several with commas between them), a method, a list of
+            them, or a recipe.
         calibration_ids: token ids ``[B, N]`` for methods that must see the model first; default: the
             start of the default text, read with the model's own tokenizer.
         calibrations: earlier results by slug, used instead of calibrating.
@@ -176,26 +178,31 @@ def apply(
 
     Raises:
         SparselandError: unknown method or value, methods that can't be combined, a model that is not
-            supported. Nothing has been changed then.
+            supported, a calibration of another model. Nothing has been changed then.
     """
     from sparseland.recipe import Recipe
 
+    if not isinstance(model, nn.Module):
+        raise SparselandError(f"a transformers model was expected, not {type(model).__name__}")
     if isinstance(methods, Recipe):
         methods.check(model)
         if not methods.methods:  # dense won: nothing is to be changed
             return Handle(model, (), {}, {}, {}, lambda: None)
         calibrations = {**methods.calibrations, **(calibrations or {})}
         methods = methods.methods
-    chosen = [as_method(methods)] if isinstance(methods, str | Method) else [as_method(m) for m in methods]
+    chosen = as_methods(methods)
     by_role = _roles(chosen)
+    shapes = probe(model)
     layers = attention_layers(model)
-    if any(ATTRIBUTE in layer.__dict__ for layer in layers.values()):
-        raise SparselandError("the model is sparse already; call remove() on its handle first")
-    _probe(model, layers)
+    linear = by_role.get("linear")
+    dense_linears = {} if linear is None else _linears(model, linear)
     ropes = find_ropes(model) if any(m.needs_rope for m in chosen) else {}
+    for method in chosen:
+        if known := (calibrations or {}).get(method.card.slug):
+            method.check_calibration(known, shapes)
     found = _calibrate(model, chosen, calibration_ids, calibrations or {})
 
-    learners = _learners(model, chosen, layers, found)
+    learners = _learners(chosen, layers, shapes, found)
     runtimes = {
         i: AttentionRuntime(
             i,
@@ -220,14 +227,13 @@ def apply(
         if isinstance(prefill, PrefillMethod) and prefill.reads_vision:
             stack.callback(track_modality(model, runtimes.values()))
         linears: dict[str, nn.Module] = {}
-        if method := by_role.get("linear"):
-            assert isinstance(method, LinearMethod)
-            for name, linear in decoder_linears(model).items():
-                new = method.convert(linear, name, found.get(method.card.slug))
-                new.train(linear.training)
-                replace_module(model, name, new)
-                stack.callback(_restore_linear, model, name, linear, new)
-                linears[name] = new
+        for name, old in dense_linears.items():
+            assert isinstance(linear, LinearMethod)
+            new = linear.convert(old, name, found.get(linear.card.slug))
+            new.train(old.training)
+            replace_module(model, name, new)
+            stack.callback(_restore_linear, model, name, old, new)
+            linears[name] = new
         undo = stack.pop_all().close
     return Handle(model, chosen, found, runtimes, linears, undo, learners)
 
@@ -248,54 +254,15 @@ def _roles(methods: Sequence[Method]) -> dict[Role, Method]:
     return taken
 
 
-class _Probe:
-    """A runtime that computes dense attention through the registered path and notes that it ran."""
-
-    def __init__(self, layer: int, ran: set[int]) -> None:
-        self.inner, self.ran, self.layer = AttentionRuntime(layer), ran, layer
-
-    def attention(self, *args: Any) -> Tensor:
-        self.ran.add(self.layer)
-        return self.inner.attention(*args)
-
-
-@torch.no_grad()
-def _probe(model: nn.Module, layers: dict[int, nn.Module]) -> None:
-    """Prove on a tiny input that the attention function runs in every layer and that no future leaks.
-
-    Models that call scaled_dot_product_attention themselves bypass the registry, and a function without
-    its mask function gets no causality; both would go unnoticed, so both are checked here.
-    """
-    name = type(model).__name__
-    ids = tiny_ids(model)
-    other = ids.clone()
-    other[:, -1] = ids[:, 0]
-    ran: set[int] = set()
-    probes = {i: _Probe(i, ran) for i in layers}
-    was_training = model.training
-    decoder = decoder_of(model)
-    model.eval()
-    try:
-        with switched(layers, probes):
-            a, b = (decoder(input_ids=i, use_cache=False).last_hidden_state for i in (ids, other))
-        stock = decoder(input_ids=ids, use_cache=False).last_hidden_state
-    finally:
-        model.train(was_training)
-    missing = sorted(set(layers) - ran)
-    if missing:
+def _linears(model: nn.Module, method: Method) -> dict[str, nn.Linear]:
+    """The layers that a linear method is to replace; a model without any is refused, not left dense."""
+    found = decoder_linears(model)
+    if not found:
         raise SparselandError(
-            f"{name}: attention layers {missing} do not go through transformers' AttentionInterface, so no "
-            "method would act on them; not supported"
+            f"{type(model).__name__}: {method.card.slug} found no torch.nn.Linear in its decoder layers and "
+            "would do nothing; not supported"
         )
-    if not torch.equal(a[:, :-1], b[:, :-1]):
-        raise SparselandError(
-            f"{name}: a later token changes earlier outputs; only causal decoders are supported"
-        )
-    error = ((a - stock).float().norm() / stock.float().norm().clamp(min=1e-9)).item()
-    if not error < (1e-3 if a.dtype == torch.float32 else 5e-2):
-        raise SparselandError(
-            f"{name}: not plain softmax attention (dense outputs differ by {error:.1e}); not supported"
-        )
+    return found
 
 
 def _calibrate(
@@ -312,39 +279,24 @@ def _calibrate(
             continue
         if ids is None and method.learns_from_text:
             ids = _default_calibration_ids(model, slug)
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():  # a method that trains enables gradients itself
-                found[slug] = method.calibrate(model, ids)  # type: ignore[arg-type]
-        finally:
-            model.train(was_training)
+        with evaluating(model), torch.no_grad():  # a method that trains enables gradients itself
+            found[slug] = method.calibrate(model, ids)  # type: ignore[arg-type]
     return found
 
 
 def layer_shapes(model: nn.Module) -> dict[int, LayerShape]:
-    """What methods are told of each attention layer."""
-    layers = attention_layers(model)
-    shapes = {}
-    for i, layer in layers.items():
-        config: Any = layer.config
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        dim = getattr(layer, "head_dim", None) or getattr(layer, "head_size", None)
-        dim = dim or getattr(config, "head_dim", None) or config.hidden_size // heads
-        shapes[i] = LayerShape(i, len(layers), heads, kv_heads, int(dim))
-    return shapes
+    """What methods are told of each attention layer of a dense model."""
+    return probe(model)
 
 
 def _learners(
-    model: nn.Module,
     methods: Sequence[Method],
     layers: dict[int, nn.Module],
+    shapes: dict[int, LayerShape],
     found: dict[str, Calibration],
 ) -> dict[str, dict[int, nn.Module]]:
     """Slug -> layer -> the method's own parameters, as its calibration left them."""
     made: dict[str, dict[int, nn.Module]] = {}
-    shapes = layer_shapes(model)
     for method in methods:
         slug = method.card.slug
         known = found[slug].tensors if slug in found else {}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparseland.errors import SparselandError
-from sparseland.method import Calibration, Method, as_method, method_class
+from sparseland.method import Calibration, Method, as_methods, method_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +51,7 @@ class Recipe:
     evidence: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.methods = tuple(as_method(m) for m in self.methods)
+        self.methods = tuple(as_methods(self.methods))
 
     @classmethod
     def of(
@@ -123,6 +123,8 @@ class Recipe:
         schema = data.get("schema")
         if not isinstance(schema, int) or isinstance(schema, bool):
             raise SparselandError(f"{path} is not a recipe: it has no schema number")
+        if schema < 1:
+            raise SparselandError(f"{path} has schema {schema}, which never was; schemas are numbered from 1")
         if schema > SCHEMA:
             raise SparselandError(
                 f"{path} has schema {schema}, newer than this sparseland reads ({SCHEMA}); upgrade"

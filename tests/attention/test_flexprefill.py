@@ -71,7 +71,7 @@ def literal(x: AttentionInputs, head: int, m: FlexPrefill) -> tuple[torch.Tensor
         least if query_aware else min(most, max(least, coverage(a, m.gamma) // b + 1)) for a in (a_v, a_s)
     )
     pool[0][0] = pool[1][0] = math.inf
-    vertical, slash = top(pool[0], n_v), top(pool[1], n_s)
+    vertical, slash = top(pool[0], n_v), top(pool[1], n_s) | set(range(1, 1 + m.neighbours))
     mask = torch.zeros(rows, columns, dtype=torch.bool)
     for r in range(rows):
         first = offset + b * r
@@ -106,7 +106,10 @@ def literal(x: AttentionInputs, head: int, m: FlexPrefill) -> tuple[torch.Tensor
 
 @pytest.mark.parametrize(("n_queries", "n_keys"), SHAPES)
 @pytest.mark.parametrize("tau", [0, 0.2, 1])
-@pytest.mark.parametrize("budget", [{"gamma": 0.5}, {"gamma": 0.8, "min_budget": 30}, {"max_budget": 40}])
+@pytest.mark.parametrize(
+    "budget",
+    [{"gamma": 0.5}, {"gamma": 0.8, "min_budget": 30}, {"max_budget": 40}, {"gamma": 0.4, "neighbours": 2}],
+)
 def test_selection_is_the_literal_algorithm(inputs, n_queries, n_keys, tau, budget):
     x = inputs(n_keys, n_queries=n_queries, sharpness=3.0)
     method = FlexPrefill(**{"min_budget": 16, "block_size": 16, "tau": tau, **budget})
@@ -220,6 +223,19 @@ def test_a_spike_that_pooling_hides_goes_to_vertical_slash(spike):
     # Trusting the pooled scores would lose it, which is why the method tests them.
     trusting = FlexPrefill(gamma=0.3, min_budget=16, block_size=16, tau=1)
     assert not trusting.pattern(x).block_mask()[0, 0, 14:, 12].all()
+
+
+def test_the_block_before_a_querys_own_is_missed_by_default_and_given_by_neighbours():
+    """Queries that look eight tokens back: half of a block's find them in the block before."""
+    x = one_head(512)
+    code = torch.randn(512, 16, generator=torch.Generator().manual_seed(0)) * 4
+    x.k[0, 0], x.q[0, 0] = code, code.roll(8, 0)
+    x.q[0, 0, 500:] = code[500:]  # the probe's last queries look at themselves
+    plain = FlexPrefill(gamma=0.2, tau=0, min_budget=16, block_size=16)
+    assert not plain.pattern(x).block_mask()[0, 0].diagonal(-1)[5:].all()
+    given = replace(plain, neighbours=1).pattern(x).block_mask()[0, 0]
+    assert given.diagonal(-1).all()
+    assert not given.diagonal(-2)[5:].all()
 
 
 def test_flat_attention_is_query_aware():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -335,14 +336,19 @@ def test_it_combines_with_a_pruned_cache():
 # ------------------------------------------------------------------- faults
 
 
-def test_not_a_number_stays_with_who_reads_it(inputs):
+@pytest.mark.parametrize("lse", ["exact", "coarse"])
+def test_a_key_that_is_not_a_number_shows_as_in_dense_attention(inputs, lse):
     x = inputs(300, heads=2, kv_heads=1)
-    x.k[:, :, 130] = math.nan
-    pattern = InfLLMV2(**SMALL).pattern(x)
+    x.k[:, :, 134] = math.nan  # windows that hold it touch its own block only
+    method = InfLLMV2(**SMALL, lse=lse)
+    pattern = method.pattern(x)
+    assert pattern.mask()[0, 0, 134:, 134].all()
     out = attend(x.q, x.k, x.v, pattern, scale=x.scale)
-    reads = pattern.mask()[0, 0, :, 130]
-    assert reads[130:144].all()
-    assert torch.equal(out[0, 0].isnan().all(-1), reads)
+    assert torch.equal(out[0, 0].isnan().all(-1), torch.arange(300) >= 134)
+    assert pattern.density().max() < 0.9
+    state = method.new_state(0)
+    method.append(state, x.k)
+    assert 134 in step_tokens(method, state, replace(x, q=x.q[:, :, -1:]))[0][0]
 
 
 def test_strided_inputs_and_half_precision(inputs):

@@ -289,9 +289,46 @@ def test_one_modality_is_plain_minference(inputs):
     for vision in (nothing, everything):
         got = plan_pattern(x, layout_of(vision), plans)
         assert torch.equal(got.mask(), expected)
-    # A grid needs frames; in text it is vertical-slash.
-    text = plan_pattern(x, None, [HeadPlan.plain(Shape("grid", lines=1))] * 4)
-    assert text.density().min() == 1
+
+
+def images(n=4096, size=196, between=40, heads=2, dim=32):
+    """Images, each too small for a video, with too much text between them for one."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, n, dim, generator=g) for _ in range(3))
+    return AttentionInputs(q, k, v, dim**-0.5, 0, vision=torch.arange(n) % (size + between) < size)
+
+
+def test_without_a_video_a_grid_is_vertical_slash_at_the_budget():
+    method = MMInference.grid(4096)[0]
+    shape = Shape("vertical-slash", method.vertical, method.slash)
+    grids = [HeadPlan.plain(Shape("grid", lines=5)), HeadPlan.by_query(shape, Shape("grid", lines=5))]
+    known = Calibration({"heads": [[plan.as_dict() for plan in grids]]})
+    mixed = images()
+    plans = [HeadPlan.plain(shape), HeadPlan.by_query(shape, shape)]
+    for x, layout in ((replace(mixed, vision=None), None), (mixed, layout_of(mixed.vision))):
+        got = plan_pattern(x, layout, grids, without_grid=shape)
+        assert torch.equal(got.mask(), plan_pattern(x, layout, plans).mask())
+        assert method.pattern(x, known).density().max() < 0.6
+
+
+def test_a_grid_is_dense_where_most_is_not_video():
+    x = images()
+    plan = [HeadPlan.plain(Shape("grid", lines=1))] * 2
+    at = torch.arange(4096)
+    densities = [
+        float(plan_pattern(x, layout_of((at >= start) & (at < 4000)), plan).density().mean())
+        for start in (50, 3000)
+    ]
+    assert densities[0] < 0.45
+    assert densities[1] > 0.9  # the card's limit
+
+
+@pytest.mark.parametrize("length", [4096, 30_000])
+def test_a_plan_at_its_own_length_and_budget_is_what_was_found(length):
+    plan = HeadPlan.by_query(Shape("vertical-slash", 100, 200), Shape("grid", lines=20))
+    found = plan.scaled(30_000 / length)
+    assert found.scaled(length / 30_000) == plan
+    assert found["vision"].lines == 20
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
@@ -427,14 +464,14 @@ def test_plans_round_trip_and_are_used(tmp_path):
     assert torch.equal(method.pattern(x).mask(), expected)
     with pytest.raises(SparselandError, match="layer 1 has 0 heads in the plans and 4 in the model"):
         method.pattern(replace(x, layer=1))
-    # As a calibration, sizes are scaled by the budget; a frame's lines at least one.
+    # As a calibration, sizes are scaled by the budget; a frame's lines are not.
     known = Calibration({"heads": [[plan.as_dict() for plan in PLANS]]})
     half = MMInference(vertical=500, slash=3048).pattern(video(heads=4, frames=80), known)
     assert (
         half.density().mean()
         < MMInference().pattern(video(heads=4, frames=80), Calibration()).density().mean()
     )
-    assert read_heads(known.meta["heads"], "here")[0][0].scaled(0.1)["all"] == Shape("grid", lines=1)
+    assert read_heads(known.meta["heads"], "here")[0][0].scaled(0.1)["all"] == Shape("grid", lines=2)
 
 
 GOOD = '{"shape": "grid", "lines": 1}'

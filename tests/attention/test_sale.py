@@ -18,6 +18,7 @@ from sparseland.ops.attend import attend
 from sparseland.ops.lowbit_scores import fast
 from sparseland.patterns import BlockPattern, WindowPattern
 
+HALF_PRODUCTS = fast._half_products
 SHAPES = [(448, 448), (411, 411), (128, 400), (77, 371)]
 
 
@@ -114,6 +115,17 @@ def test_thresholds_at_their_ends(inputs, n_queries, n_keys):
         # The sink's and the first local tile's blocks of 64 keys are computed whole.
         expected = [j for j in range(position + 1) if j < 64 or j >= start // 64 * 64]
         assert never[0, 0, i].nonzero().flatten().tolist() == expected
+
+
+def test_products_as_this_cpu_prefers_them_differ_near_the_threshold_only(inputs, monkeypatch):
+    x = inputs(448, heads=2, kv_heads=1)
+    x.k.add_(1.0)
+    wide, narrow = (sale(tau).pattern(x).block_mask() for tau in (0.12 / 1.1, 0.12 * 1.1))
+    for half in (HALF_PRODUCTS, lambda: True):  # the default path, and the one that rounds
+        monkeypatch.setattr(fast, "_half_products", half)
+        got = sale(0.12).pattern(x).block_mask()
+        assert not (narrow & ~got).any()
+        assert not (got & ~wide).any()
 
 
 def test_density_falls_with_tau_and_selections_are_nested(inputs):

@@ -178,6 +178,25 @@ def test_the_last_rows_are_dense_and_the_rest_is_not(rope):
         assert mask.sum(-1).tolist() == [1] * (8 - dense) + [8 - i for i in range(dense)][::-1]
 
 
+def test_in_chunks_a_ratio_counts_the_keys_so_far_and_dense_rows_come_again(rope):
+    def pairs(**options):
+        method = SeerAttention(block_size=B, **options)
+        _, _, x = case(rope, 640, 640)
+        x = replace(x, learner=gates_for(x, method))
+        chunks = (
+            replace(x, q=x.q[:, :, s : s + 160], k=x.k[:, :, : s + 160], v=x.v[:, :, : s + 160])
+            for s in range(0, 640, 160)
+        )
+        return [sum(int(method.pattern(y).pairs().sum()) for y in part) for part in (chunks, [x])]
+
+    chunks, whole = pairs(nz_ratio=0.25, last_dense=0)
+    assert chunks < 0.8 * whole
+    chunks, whole = pairs(threshold=0.04, last_dense=0)
+    assert chunks == whole
+    chunks, whole = pairs(threshold=0.04, last_dense=2)
+    assert chunks > whole
+
+
 def test_full_settings_are_dense_whatever_the_gates_say(rope):
     _, _, x = case(rope)
     for method in (SeerAttention(threshold=0.0), SeerAttention(nz_ratio=1.0, block_size=B)):

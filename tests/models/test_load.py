@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparseland.errors import SparselandError
 from sparseland.models import load, load_model
@@ -90,6 +90,43 @@ def test_native_bf16_is_false_where_nothing_tells(monkeypatch):
     assert load.native_bf16() is False
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     assert load.native_bf16() is True
+
+
+@pytest.mark.parametrize("asked", ["flash_attention_2", "some/kernels", "eager"])
+def test_the_attention_is_ours_to_choose(folder, asked):
+    rewrite(folder, _attn_implementation=asked, attn_implementation=asked)
+    assert load_model(str(folder)).model.config._attn_implementation == "sdpa"
+
+
+TINY = {
+    "hidden_size": 32, "intermediate_size": 48, "vocab_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+    "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("gemma2", "Gemma2Attention uses soft-capped attention logits"),
+        ("gpt_oss", "GptOssAttention uses learned attention sinks"),
+        (
+            "gptj",
+            "GPTJForCausalLM: its decoder fails on a tiny input and is not supported: unsupported operand",
+        ),
+        ("bloom", "BloomForCausalLM has no decoder attention layers"),
+        ("mamba", "MambaForCausalLM has no decoder attention layers"),
+    ],
+)
+def test_attention_without_sdpa_is_refused_with_our_own_reason(folder, model_type, words):
+    config = AutoConfig.for_model(model_type, **TINY)
+    (folder / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    message = refusal(folder)
+    assert message.startswith(f"model {str(folder)!r} can't be made sparse: ")
+    assert words in message
+    assert "Please request" not in message
 
 
 # ------------------------------------------------------------ broken folders
@@ -237,7 +274,7 @@ def test_offline_is_found_out_without_asking_the_hub(monkeypatch):
 
 def test_a_dtype_or_device_that_is_not_there_is_refused(whole_folder):
     assert "dtype='int8' is not allowed; it must be auto, float32" in refusal(whole_folder, dtype="int8")
-    for device in ("warp", "cuda:99"):
+    for device in ("warp", "cuda:99", "meta"):
         assert f"device={device!r} can't be used here" in refusal(whole_folder, device=device)
 
 

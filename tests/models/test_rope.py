@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 import sparseland as sl
@@ -212,3 +213,26 @@ def test_the_proof_fails_for_a_wrong_rope(monkeypatch):
     monkeypatch.setattr(rope_module.RotaryRope, "_cos_sin", wrong)
     with pytest.raises(SparselandError, match="can't be got back"):
         find_ropes(model)
+
+
+def other_model(model_type, **fields):
+    small = {
+        "hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **small, **fields)).eval()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("llama4_text", {"num_local_experts": 2, "intermediate_size_mlp": 96}),  # angles as complex numbers
+        ("hunyuan_v1_dense", {}),  # normalised after the rotation
+    ],
+)
+def test_a_rotation_that_is_not_understood_is_not_taken_for_none(model_type, fields):
+    model = other_model(model_type, **fields)
+    with pytest.raises(SparselandError, match="layer 0's queries and keys before RoPE can't be got back"):
+        find_ropes(model)
+    assert all(x.rope is None for x in capture_qkv(model, IDS))

@@ -289,5 +289,5 @@ def test_spec_round_trip_grid_and_errors() -> None:
     other = calibrated(RSparse(sparsity=0.3), linear, torch.randn(8, IN))
     with pytest.raises(SparselandError, match=r"made for sparsity=0\.3"):
         RSparse().convert(linear, "linear", other)
-    with pytest.raises(SparselandError, match="knows no layer other"):
+    with pytest.raises(SparselandError, match=r"lacks 'other\.threshold'"):
         RSparse().convert(linear, "other", calibrated(RSparse(), linear, torch.randn(8, IN)))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.ops.kernel_scores import (
+    UNJUDGED,
     _kernel_scores,
     _select_blocks,
     coarsen,
@@ -273,22 +274,34 @@ def test_coarse_denominators_keep_the_order_within_a_head() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_not_a_number_is_no_score(backend: str) -> None:
-    case = Case(1, 2, 1, 80, 80, 16)
+@pytest.mark.parametrize("rough", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_a_number_is_read(bad: float, rough: bool, backend: str) -> None:
+    case = Case(1, 2, 1, 144, 144, 16)
     q, k = inputs(case)
-    k[:, :, 30] = math.nan
-    q[:, :, 60] = math.inf
+    k[:, :, 70, 3] = bad  # in block 4, in windows of its own only
+    q[:, 1, 100] = bad
     c = compress_keys(k, 8, 4)
-    scores = kernel_scores(q, c, 80, **case.sizes, backend=backend)
+    coarse = coarsen(c, 8, 4) if rough else None
+    scores = kernel_scores(q, c, 144, **case.sizes, coarse=coarse, backend=backend)
     assert scores.isfinite().all()
-    assert (scores[:, :, :30] > 0).any()
-    expected = kernel_scores(q, c, 80, **case.sizes, backend="reference")
+    expected = kernel_scores(q, c, 144, **case.sizes, coarse=coarse, backend="reference")
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)
-    lists = select_blocks(
-        q, c, 80, **case.sizes, window=1, init=1, topk=2, dense_len=0, tile=8, backend=backend
-    )
-    density = TokenBlockPattern(80, 80, 16, 1, 8, 2, *lists).density()
-    assert density.max() < 1
+    # Before the windows end nothing is known; then this block is first, and others are compared as ever.
+    assert (scores[0, 0, :7] == 0).all()
+    assert (scores[0, 0, :71, 4] < UNJUDGED).all()
+    assert (scores[0, 0, 75:, 4] == UNJUDGED).all()
+    others = torch.arange(9, device=DEVICE) != 4
+    assert (scores[0, 0, 101:, others] < UNJUDGED).all()
+    assert (scores[0, 0, 130:][:, [0, 1, 2, 3]] > 0).all()
+    assert (scores[0, 0, 100, :6] == UNJUDGED).all()
+    options = {"window": 1, "init": 1, "topk": 2, "dense_len": 0, "tile": 8, "coarse": coarse}
+    lists = select_blocks(q, c, 144, **case.sizes, **options, backend=backend)
+    pattern = TokenBlockPattern(144, 144, 16, 1, 8, 2, *lists)
+    mask = pattern.token_mask()[0, 0]
+    later = torch.arange(144, device=DEVICE) >= 80
+    assert mask[later & (torch.arange(144, device=DEVICE) != 100), 4].all()
+    assert (mask[later].sum(-1) == 3).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

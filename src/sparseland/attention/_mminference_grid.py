@@ -143,7 +143,8 @@ def _multiples(n: int, largest: int, device: torch.device) -> tuple[Tensor, Tens
 def grid(index: MixedIndex, a: str, b: str, heads: Sequence[int], shapes: Sequence[Shape]) -> list[Part]:
     """Lines and places of queries of kind a over keys of kind b, beyond the base.
 
-    Text, and vision outside of videos, is part of the lines: it sees all and is seen by all.
+    Text, and vision outside of videos, is part of the lines: it sees all and is seen by all. Where there is
+    no video at all, :func:`~sparseland.attention.mminference.plan_pattern` makes no grid.
     """
     queries = positions(index.layout, a, index.x.offset, index.device)
     keys = positions(index.layout, b, 0, index.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,8 @@ class Shape:
         return cls(value["shape"], **{name: value[name] for name in names})
 
     def scaled(self, factor: float) -> Shape:
-        """The same shape with all sizes times ``factor``."""
-        sizes = {name: round(getattr(self, name) * factor) for name in _SIZES[self.shape]}
-        if self.shape == "grid":
-            sizes["lines"] = max(1, sizes["lines"])
-        return Shape(self.shape, **sizes)
+        """The same shape with columns and diagonals times ``factor``; a frame's lines stay as they are."""
+        return replace(self, vertical=round(self.vertical * factor), slash=round(self.slash * factor))
 
 
 @dataclass(frozen=True)
@@ -127,8 +124,12 @@ class HeadPlan:
         return cls(value["boundary"], shapes)
 
     def scaled(self, factor: float) -> HeadPlan:
-        """All shapes with their sizes times ``factor``."""
+        """All shapes with their columns and diagonals times ``factor``."""
         return HeadPlan(self.boundary, tuple((r, shape.scaled(factor)) for r, shape in self.shapes))
+
+    def with_grids_as(self, other: Shape) -> HeadPlan:
+        """The plan with another shape in place of each grid."""
+        return HeadPlan(self.boundary, tuple((r, other if s.shape == "grid" else s) for r, s in self.shapes))
 
     def alone(self, vision: bool) -> HeadPlan:
         """What remains of it on a prompt of one modality."""

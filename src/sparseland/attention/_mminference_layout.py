@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparseland.attention._minference_index import BLOCK
 
-# Shorter stretches of vision have no grid worth finding; their tokens are seen by all, like text.
+# Shorter stretches of vision have no grid worth finding; in a grid their tokens are on a line, like text.
 MIN_SPAN = 256
 # Frames of one size with no more text between them than this (time stamps) are one video.
 MAX_BETWEEN = 32

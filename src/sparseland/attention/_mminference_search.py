@@ -21,7 +21,7 @@ from sparseland.attention._minference_search import TARGET_LENGTH, target_for
 from sparseland.attention._mminference_heads import BOUNDARIES, HeadPlan, Shape
 from sparseland.attention._mminference_index import MixedIndex
 from sparseland.attention._mminference_layout import Layout, kind_mask, layout_of, positions
-from sparseland.attention.mminference import plan_pattern
+from sparseland.attention.mminference import DEFAULT_SHAPE, plan_pattern
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs
 from sparseland.ops.attend import attend
@@ -77,14 +77,8 @@ def search(model: nn.Module, call: Mapping[str, Any]) -> list[list[HeadPlan]]:
     grow = max(1.0, TARGET_LENGTH / ids.shape[1])
     for layer in range(max(found) + 1):
         plans = _best_of(found[layer], inputs.get(layer, [])) if layer in found else []
-        rows.append([_grown(plan, grow) for plan in plans])
+        rows.append([plan.scaled(grow) for plan in plans])
     return rows
-
-
-def _grown(plan: HeadPlan, factor: float) -> HeadPlan:
-    """Columns and diagonals in proportion to the length; a frame's lines are the same at any length."""
-    shapes = tuple((r, s if s.shape == "grid" else s.scaled(factor)) for r, s in plan.shapes)
-    return HeadPlan(plan.boundary, shapes)
 
 
 def _best_of(plans: list[list[HeadPlan]], inputs: list[AttentionInputs]) -> list[HeadPlan]:
@@ -101,7 +95,10 @@ def _best_of(plans: list[list[HeadPlan]], inputs: list[AttentionInputs]) -> list
 def _output_error(x: AttentionInputs, plans: Sequence[HeadPlan]) -> Float[Tensor, " H"]:
     dense = attend(x.q, x.k, x.v, WindowPattern.dense(x.q.shape[2], x.k.shape[2]), scale=x.scale)
     layout = None if x.vision is None else layout_of(x.vision)
-    out = attend(x.q, x.k, x.v, plan_pattern(x, layout, plans), scale=x.scale)
+    # Another row's grid may meet no video here: in its place comes the budget for this length.
+    share = min(1.0, x.k.shape[2] / TARGET_LENGTH)
+    pattern = plan_pattern(x, layout, plans, without_grid=DEFAULT_SHAPE.scaled(share))
+    out = attend(x.q, x.k, x.v, pattern, scale=x.scale)
     return (out.float() - dense.float()).double().square().sum((0, 2, 3)).cpu()
 
 

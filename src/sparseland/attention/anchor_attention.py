@@ -56,8 +56,9 @@ class AnchorAttention(PrefillMethod):
             "a last group that is not full is computed like the others; the released code makes it dense",
             "anchors, pooled queries and their logits are compared in float32; the released code rounds "
             "them to bfloat16, which moves keys across the threshold",
-            "a group's list holds at most max_stripes keys: where more pass, its threshold is lowered in "
-            "eight even steps down to theta / 8 until they fit, and if they never do, the nearest stay",
+            "a group's list holds at most max_stripes keys: where more pass, its threshold is lowered up to "
+            "seven times by theta / 8, or by 1 where theta is below 8 (to theta / 8, or theta - 7), until "
+            "they fit, and if they never do, the nearest stay",
             "groups are counted from the first query of each call, which matters only in chunked prefill",
         ),
         limits=(

@@ -69,11 +69,14 @@ class InfLLMV2(PrefillMethod, SelectMethod):
         deviations=(
             "the switch to dense goes by each query's own context, not by the prompt's length: chunks, "
             "decoding and the whole prompt compute the same pairs (only queries between topk blocks + window "
-            "and dense_len notice)",
+            "and dense_len notice), but for near ties in half precision on GPUs, see the scores",
             "topk counts the first blocks and not the window, as in the released configuration",
             "at equal scores the earlier block is taken; the released kernels leave it to the sort",
             "scores are kept in float32 (released: the model's precision); only the GPU kernel for prompts "
-            "in half precision rounds them to bfloat16 before it compares blocks",
+            "in half precision rounds them to bfloat16 before it compares blocks, so that it may choose "
+            "otherwise than decoding, which compares float32",
+            "a block that a key with NaN or infinity touches ranks above all others, so that such a key "
+            "shows as in dense attention (of more than topk of them, the first)",
             "where no coarse window has ended yet, the softmax's denominator is exact",
             "windows are means after RoPE; the released option of scoring without RoPE is not here",
         ),

@@ -65,6 +65,8 @@ class MInference(PrefillMethod):
             "the time that our kernels take for it on this device, matched per layer with all heads at once "
             "(cost=time); sizes are found by bisection instead of steps of 50 tokens; the uncalibrated "
             "proportion of columns to diagonals is one more candidate",
+            "by default the search reads 2048 tokens of plain text; the paper's reads a key-value retrieval "
+            "prompt of about 30k tokens",
             "texts shorter than the paper's 30k tokens are searched with a proportionally smaller budget, "
             "and sizes are scaled up again; they also scale with vertical + slash: one search serves all",
             "diagonals are covered by 64x64 blocks on the keys' grid (the authors' kernel shifts its "

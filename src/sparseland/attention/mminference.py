@@ -44,16 +44,18 @@ from sparseland.patterns import Part, PartsPattern, Pattern, WindowPattern
 
 # MInference's budget, for heads without a plan of their own.
 DEFAULT_VERTICAL, DEFAULT_SLASH = 1000, 6096
+DEFAULT_SHAPE = Shape("vertical-slash", DEFAULT_VERTICAL, DEFAULT_SLASH)
 
 __all__ = ["HeadPlan", "MMInference", "Shape", "load_patterns", "save_patterns"]
 
 
 @dataclass(frozen=True)
 class MMInference(PrefillMethod):
-    """Per head a shape within each modality and a way over their borders; on pure text plainly MInference.
+    """Per head a shape within each modality and a way over their borders.
 
     Budgets are as MInference's: in tokens, for prompts of 30k tokens and more; with a calibration they scale
-    the sizes that were found.
+    the sizes that were found, but for a grid's lines. Without a calibration, and with the same plans, pure
+    text is computed as by MInference; this method's own search tries fewer shapes (see the card).
     """
 
     left_out: ClassVar[str | None] = "it is for images and video"
@@ -81,10 +83,17 @@ class MMInference(PrefillMethod):
             "without a search, mixed prompts are split by the queries' modality, vertical-slash for both",
             "costs are matched by the number of computed pairs, as in our MInference; the two-dimensional "
             "split shares a modality's cost among its keys by the causal pairs of each",
+            "the search leaves out two of the candidates of our MInference, block-sparse heads and the "
+            "(30, 2048) proportion: after a search pure text need not get what MInference would give it",
+            "a grid's lines are as many at any length and budget",
+            "a prompt without a video (256 tokens of vision or more in one stretch, or in frames of one size "
+            "with at most 32 tokens between them) has no grid: vertical-slash at the budget takes its place",
         ),
         limits=(
             "decoding is dense",
             "a key that only queries before a modality's last 64 look for is not found",
+            "beside a video, text and vision outside of videos are on a line of a grid, so dense: a head "
+            "without a boundary whose grid meets little video and much text computes almost all pairs",
             "which tokens are vision is read from input_ids: a call with inputs_embeds alone counts as text",
             "in chunked prefill each chunk is probed by its own queries; a video of earlier chunks is known "
             "by its columns only",
@@ -146,7 +155,8 @@ class MMInference(PrefillMethod):
         layout = None if x.vision is None else layout_of(x.vision)
         if layout is not None and layout.n != n_keys:
             raise SparselandError(f"mminference: {layout.n} tokens are marked, but there are {n_keys}")
-        return plan_pattern(x, layout, self._heads(x, calibration))
+        shape = Shape("vertical-slash", self.vertical, self.slash)
+        return plan_pattern(x, layout, self._heads(x, calibration), without_grid=shape)
 
     def _heads(self, x: AttentionInputs, calibration: Calibration | None) -> Sequence[HeadPlan]:
         """The plans of this layer's heads: from the file, from the calibration, or split by query."""
@@ -172,18 +182,23 @@ class MMInference(PrefillMethod):
 
 
 def plan_pattern(
-    x: AttentionInputs, layout: Layout | None, plans: Sequence[HeadPlan], index: MixedIndex | None = None
+    x: AttentionInputs,
+    layout: Layout | None,
+    plans: Sequence[HeadPlan],
+    index: MixedIndex | None = None,
+    without_grid: Shape = DEFAULT_SHAPE,
 ) -> Pattern:
     """The pairs of one layer's heads by their plans.
 
     Args:
         layout: where the text and vision lie; None: nothing is vision.
         index: estimates of these inputs that have been made before.
+        without_grid: what a grid becomes where there is no video.
     """
     if layout is None or not layout.mixed:
         plans = [plan.alone(layout is not None and layout.has_vision) for plan in plans]
-    if layout is None or not layout.has_vision:
-        plans = [_without_grid(plan) for plan in plans]
+    if layout is None or not layout.segments:
+        plans = [plan.with_grids_as(without_grid) for plan in plans]
     plain = [h for h, plan in enumerate(plans) if _is_plain(plan)]
     if len(plain) == len(plans):
         own = [HeadShape(s.shape, s.vertical, s.slash) for s in (plan["all"] for plan in plans)]
@@ -210,13 +225,6 @@ def plan_pattern(
 def _is_plain(plan: HeadPlan) -> bool:
     """Whether MInference itself computes the head."""
     return plan.boundary == "none" and plan["all"].shape != "grid"
-
-
-def _without_grid(plan: HeadPlan) -> HeadPlan:
-    """The plan on a prompt without vision: there are no frames, so a grid becomes vertical-slash."""
-    if plan["all"].shape != "grid":
-        return plan
-    return HeadPlan.plain(Shape("vertical-slash", DEFAULT_VERTICAL, DEFAULT_SLASH))
 
 
 def _minference(x: AttentionInputs, heads: Sequence[int], plans: Sequence[HeadPlan]) -> Pattern:

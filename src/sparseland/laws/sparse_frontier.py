@@ -11,8 +11,9 @@ fitted on a range, holds beyond it (largest size, longest prompt, highest compre
 
 *Preserved accuracy* is decided on the same samples: a paired sign-flip test against the dense model, with
 Holm's correction over all comparisons made together. No significant loss is the paper's criterion; it is
-easily met by few samples, so the interval of the loss says besides whether a loss above a margin is ruled
-out.
+easily met by few samples, so an upper bound of the loss says besides whether a loss above a margin is ruled
+out. The bound assumes nothing but that no sample loses more than 1, and so is right for few samples, too:
+59 that score as dense rule out a loss of 5 %, 58 don't.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from sparseland.errors import SparselandError
-from sparseland.laws._statistics import bootstrap_interval, holm, sign_flip_test
+from sparseland.laws._statistics import bootstrap_interval, holm, sign_flip_tests, upper_bound
 
 TEST = "paired sign-flip permutation test, one-sided, Holm-corrected"
 ALPHA = 0.05
@@ -168,13 +169,15 @@ class Comparison:
     Args:
         loss: mean score lost (negative: gained).
         interval: of the loss, 95 %, paired bootstrap.
+        bound: what the mean loss is at most (one-sided, at ``1 - alpha``, this comparison by itself).
         p: of the sign-flip test, corrected for all comparisons made together.
-        within: whether a loss above the margin is ruled out.
+        within: whether a loss above the margin is ruled out: the bound is below it.
         verdict: ``lost`` (significant, be it small), else ``kept`` if within the margin, else ``open``.
     """
 
     loss: float
     interval: tuple[float, float]
+    bound: float
     p: float
     within: bool
     verdict: Literal["lost", "kept", "open"]
@@ -186,16 +189,23 @@ def compare(
     margin: float = MARGIN,
     seed: int = 0,
 ) -> list[Comparison]:
-    """Compare ``(scores, dense scores)`` of the same samples, corrected for being many."""
+    """Compare ``(scores, dense scores)`` of the same samples, corrected for being many.
+
+    Args:
+        pairs: of scores between 0 and 1.
+        alpha: of the corrected tests, and of each bound.
+        margin: a mean loss that matters.
+    """
     differences = [[a - b for a, b in zip(scores, dense, strict=True)] for scores, dense in pairs]
-    adjusted = holm([sign_flip_test(d, seed) for d in differences])
+    adjusted = holm(sign_flip_tests(differences, alpha, seed))
     found = []
     for d, p in zip(differences, adjusted, strict=True):
         low, high = bootstrap_interval(d, seed=seed)
         loss = -sum(d) / len(d) if d else math.nan
-        within = -low < margin
+        bound = upper_bound([-x for x in d], alpha, seed=seed)
+        within = bound < margin
         verdict: Literal["lost", "kept", "open"] = "lost" if p <= alpha else "kept" if within else "open"
-        found.append(Comparison(loss, (-high, -low), p, within, verdict))
+        found.append(Comparison(loss, (-high, -low), bound, p, within, verdict))
     return found
 
 

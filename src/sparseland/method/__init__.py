@@ -12,6 +12,7 @@ from sparseland.method.parameters import describe_params, param
 from sparseland.method.registry import (
     METHOD_PACKAGES,
     as_method,
+    as_methods,
     find_by_class_name,
     method_class,
     method_slugs,
@@ -40,6 +41,7 @@ __all__ = [
     "StoreMethod",
     "Training",
     "as_method",
+    "as_methods",
     "describe_params",
     "find_by_class_name",
     "method_class",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -91,6 +92,12 @@ class Method:
     def calibrate(self, model: torch.nn.Module, ids: Int[torch.Tensor, "B N"]) -> Calibration:
         """Learn what the method needs from the dense ``model`` on ``ids`` (only if the card says so)."""
         raise SparselandError(f"{self.card.slug} needs no calibration")
+
+    def check_calibration(self, calibration: Calibration, shapes: Mapping[int, LayerShape]) -> None:
+        """Raise SparselandError if what is known can't be of this model's layers (by default: nothing).
+
+        ``apply`` asks before it changes anything; ``shapes`` are those of the attention layers, by index.
+        """
 
     @classmethod
     def calibrates(cls) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sparseland.errors import SparselandError
+
 if TYPE_CHECKING:
     import torch
     from jaxtyping import Bool, Float, Int
@@ -95,3 +97,23 @@ class Calibration:
 
     meta: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def tensor(self, slug: str, name: str, shape: tuple[int, ...], *, finite: bool = True) -> torch.Tensor:
+        """A tensor of real numbers of this shape, without NaN and, unless said otherwise, infinity.
+
+        Raises:
+            SparselandError: it is missing, of another shape, or holds something else.
+        """
+        found = self.tensors.get(name)
+        if found is None:
+            raise SparselandError(
+                f"{slug}: the calibration lacks {name!r}; it is another model's, or damaged"
+            )
+        if tuple(found.shape) != shape:
+            raise SparselandError(
+                f"{slug}: the calibration's {name!r} is {list(found.shape)}, this model's is {list(shape)}"
+            )
+        if not found.is_floating_point() or bool((~found.isfinite() if finite else found.isnan()).any()):
+            kind = "finite numbers" if finite else "numbers"
+            raise SparselandError(f"{slug}: the calibration's {name!r} must hold {kind} only ({found.dtype})")
+        return found

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,13 @@ def find_by_class_name(name: str) -> type[Method] | None:
 
 def parse_spec(spec: str) -> Method:
     """``"flexprefill:gamma=0.9,min_budget=512"`` -> a method, or one clear line."""
-    slug, _, rest = spec.strip().partition(":")
+    slug, colon, rest = spec.strip().partition(":")
     cls = method_class(slug)
     names = [f.name for f in dataclasses.fields(cls)]
     values: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
+    for item in rest.split(",") if colon else ():
+        if not item.strip():
+            raise SparselandError(f"{spec.strip()!r}: a parameter is empty; write {slug} or {slug}:key=value")
         name, equals, value = item.partition("=")
         name = name.strip()
         if not equals:
@@ -103,13 +106,32 @@ def as_method(value: str | Method) -> Method:
     raise SparselandError(f"a method or a spec was expected, not {type(value).__name__}")
 
 
+def as_methods(value: str | Method | Iterable[str | Method]) -> list[Method]:
+    """Comma-separated specs, a method, or several specs and methods -> methods."""
+    if isinstance(value, str):
+        value = split_specs(value)
+    if isinstance(value, Method):
+        return [value]
+    if not isinstance(value, Iterable):
+        raise SparselandError(
+            f"a spec, a method or a list of them was expected, not {value!r:.80} ({type(value).__name__})"
+        )
+    return [as_method(item) for item in value]
+
+
 def split_specs(text: str) -> list[str]:
-    """``"a,b:x=1,y=2,c"`` -> ``["a", "b:x=1,y=2", "c"]``: a comma before ``key=value`` stays inside."""
+    """``"a,b:x=1,y=2,c"`` -> ``["a", "b:x=1,y=2", "c"]``: a comma before ``key=value`` stays inside.
+
+    Raises:
+        SparselandError: nothing stands before, between or after commas.
+    """
     specs: list[str] = []
-    for item in text.split(","):
+    for item in text.split(",") if text else ():
+        if not item.strip():
+            raise SparselandError(f"methods {text!r}: a name is empty; write specs such as a,b:key=value")
         head = item.split("=", 1)[0]
         if specs and "=" in item and ":" not in head:
             specs[-1] += "," + item
-        elif item.strip():
+        else:
             specs.append(item.strip())
     return specs

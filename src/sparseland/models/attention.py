@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparseland.errors import SparselandError
 from sparseland.models.masks import MaskSpec, build_mask_spec
+from sparseland.models.surgery import decoder_of
 
 NAME = "sparseland"
 # Where a layer's runtime hangs on its attention module.
@@ -107,6 +108,39 @@ def switch(layers: dict[int, nn.Module], runtimes: dict[int, Any]) -> Any:
             layer.__dict__.pop(ATTRIBUTE, None)
 
     return undo
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; each module's own mode comes back after (parts of a model may be frozen)."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def tiny_forward(model: nn.Module, ids: Tensor, **options: Tensor) -> Tensor:
+    """The decoder's last hidden states ``[B, N, C]`` of a short input.
+
+    Raises:
+        SparselandError: the decoder can't be run in this way, for whatever reason.
+    """
+    try:
+        output = decoder_of(model)(input_ids=ids, use_cache=False, **options)
+        states: Tensor = output.last_hidden_state
+    except (SparselandError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as cause:
+        if "memory" in str(cause).lower():  # what PyTorch raises on a CPU
+            raise
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise SparselandError(
+            f"{type(model).__name__}: its decoder fails on a tiny input and is not supported: {reason:.200}"
+        ) from cause
+    return states
 
 
 def tiny_ids(model: nn.Module, length: int = 12) -> Tensor:

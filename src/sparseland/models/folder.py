@@ -1,4 +1,4 @@
-"""Reading a model and its tokenizer the one way this package reads them: safe, quiet, with SDPA."""
+"""Reading a model and its tokenizer the one way this package reads them: safe, quiet, with SDPA if it can."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ def as_dtype(name: str) -> torch.dtype:
 def read_model(source: str, dtype: torch.dtype, **options: Any) -> nn.Module:
     """A causal language model in eval mode from safetensors files; a model's own code is never run.
 
+    Attention is SDPA, or eager where transformers has no SDPA for the architecture.
+
     Args:
         source: folder or Hugging Face id.
         dtype: of the weights in memory.
@@ -51,7 +53,7 @@ def read_model(source: str, dtype: torch.dtype, **options: Any) -> nn.Module:
         dtype=dtype,
         use_safetensors=True,
         trust_remote_code=False,
-        attn_implementation="sdpa",
+        attn_implementation=None,  # SDPA if there is one, whatever the configuration asks for
         output_loading_info=True,
         **options,
     )

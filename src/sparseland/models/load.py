@@ -17,6 +17,7 @@ from sparseland.errors import SparselandError
 from sparseland.models.embedded import NAME as EMBEDDED
 from sparseland.models.embedded import embedded_folder
 from sparseland.models.folder import LoadedModel, as_dtype, quiet, read_model
+from sparseland.models.probe import probe
 
 MAX_LAYERS = 1000
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -42,7 +43,8 @@ def load_model(
     Raises:
         SparselandError: one line on what can't be used: the dtype or device, a folder without
             configuration, weights or tokenizer, an id that can't be fetched, an architecture that is no
-            decoder, a length beyond the model's context, a context that can't be stretched.
+            decoder, attention that has no SDPA and can't be made sparse either, a length beyond the model's
+            context, a context that can't be stretched.
     """
     target = _device(device)
     kind = _auto_dtype(target) if dtype == "auto" else as_dtype(dtype)
@@ -56,6 +58,8 @@ def load_model(
         _fit_length(config, label, rope_scale, length)
         tokenizer = _tokenizer(source, label, offline)
         model: Any = read_model(source, kind, config=config, local_files_only=offline)
+        if model.config.get_text_config()._attn_implementation != "sdpa":
+            _check_eager(model, label)
     return LoadedModel(model.to(target), tokenizer, label)
 
 
@@ -86,6 +90,8 @@ def _device(device: str | None) -> torch.device:
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as cause:
         raise SparselandError(f"device={device!r} can't be used here: {_first_line(cause)}") from cause
+    if target.type == "meta":
+        raise SparselandError(f"device={device!r} can't be used here: its tensors have no values")
     return target
 
 
@@ -197,6 +203,14 @@ def _check_decoder(config: Any, name: str) -> None:
         raise SparselandError(
             f"model {name!r}: architecture {config.model_type!r} is no decoder-only language model"
         )
+
+
+def _check_eager(model: Any, name: str) -> None:
+    """Attention without SDPA is mostly nothing that sparse ops compute: said now, not after dense runs."""
+    try:
+        probe(model)
+    except SparselandError as cause:
+        raise SparselandError(f"model {name!r} can't be made sparse: {cause}") from cause
 
 
 def _fit_length(config: Any, name: str, rope_scale: float | None, length: int | None) -> None:

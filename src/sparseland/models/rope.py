@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparseland.errors import SparselandError
-from sparseland.models.attention import switched, tiny_ids
+from sparseland.models.attention import evaluating, switched, tiny_forward, tiny_ids
 from sparseland.models.masks import MaskSpec
 from sparseland.models.surgery import attention_layers, decoder_of
 from sparseland.ops.attend import attend
@@ -27,6 +27,8 @@ from sparseland.patterns import WindowPattern
 
 # Types whose frequencies change with the length: keys in a cache were turned by other angles than new ones.
 _CHANGING = ("dynamic", "longrope")
+# Moved by so many positions, q and k that a rotary embedding turned differ by more than this share.
+_ELSEWHERE, _MOVED = 50, 0.1
 
 
 @dataclass(eq=False)
@@ -70,7 +72,10 @@ class RotaryRope:
         """The module's values at these positions, ``[*B, n, R / 2]``."""
         ids = positions.reshape(-1, positions.shape[-1]).to(like.device)
         options = {} if self.layer_type is None else {"layer_type": self.layer_type}
-        cos, sin = self.module(like.new_empty(1), ids, **options)
+        given = self.module(like.new_empty(1), ids, **options)
+        if not (isinstance(given, tuple) and len(given) == 2):  # Llama 4's are complex numbers
+            raise SparselandError(f"{type(self.module).__name__} gives no (cos, sin); not supported")
+        cos, sin = given
         if cos.shape[:-1] != ids.shape:
             raise SparselandError(
                 f"{type(self.module).__name__} gives angles {list(cos.shape)} for positions "
@@ -102,10 +107,17 @@ def find_ropes(model: nn.Module) -> dict[int, RotaryRope | NoRope]:
     layers = attention_layers(model)
     options = _candidates(model, layers)
     seen = _look(model, layers)
+    elsewhere: dict[int, _Seen] = {}
     found: dict[int, RotaryRope | NoRope] = {}
     for i in layers:
-        fitting = (rope for rope in options[i] if _fits(rope, *seen[i]))
+        fitting = (rope for rope in options[i] if _gives_angles(rope, seen[i][0]) and _fits(rope, *seen[i]))
         rope = next(fitting, None)
+        if isinstance(rope, NoRope) and len(options[i]) > 1:
+            # A norm behind the rotation gives q and k as well: without positions they are the same elsewhere.
+            elsewhere = elsewhere or _look(model, layers, start=_ELSEWHERE)
+            pairs = zip(elsewhere[i][:2], seen[i][:2], strict=True)
+            if any(_distance(there, here) > _MOVED for there, here in pairs):
+                rope = None
         if rope is None:
             raise SparselandError(
                 f"{type(model).__name__}: layer {i}'s queries and keys before RoPE can't be got back from "
@@ -174,21 +186,22 @@ class _Spy:
 
 
 @torch.no_grad()
-def _look(model: nn.Module, layers: dict[int, nn.Module]) -> dict[int, _Seen]:
-    """One tiny dense forward, with each layer's queries, keys, and the outputs of its direct parts."""
+def _look(model: nn.Module, layers: dict[int, nn.Module], start: int = 0) -> dict[int, _Seen]:
+    """One tiny dense forward, with each layer's queries, keys, and the outputs of its direct parts.
+
+    Args:
+        start: position of the first token; 0: positions are left to the model.
+    """
     spies = {i: _Spy() for i in layers}
     outputs: dict[int, list[Tensor]] = {i: [] for i in layers}
-    was_training = model.training
-    model.eval()
-    try:
-        with ExitStack() as stack, switched(layers, spies):
-            for i, layer in layers.items():
-                for part in layer.children():
-                    hook = part.register_forward_hook(_note(outputs[i]))
-                    stack.callback(hook.remove)
-            decoder_of(model)(input_ids=tiny_ids(model), use_cache=False)
-    finally:
-        model.train(was_training)
+    with ExitStack() as stack, evaluating(model), switched(layers, spies):
+        for i, layer in layers.items():
+            for part in layer.children():
+                hook = part.register_forward_hook(_note(outputs[i]))
+                stack.callback(hook.remove)
+        ids = tiny_ids(model)
+        places = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+        tiny_forward(model, ids, **({"position_ids": places} if start else {}))
     found = {}
     for i, spy in spies.items():
         assert spy.noted is not None, f"layer {i} did not run"
@@ -202,6 +215,15 @@ def _note(notes: list[Tensor]) -> Any:
             notes.append(output.clone())
 
     return hook
+
+
+def _gives_angles(rope: RotaryRope | NoRope, q: Tensor) -> bool:
+    """Whether its module gives cosines and sines of positions alone."""
+    try:
+        rope.tables(1, q)
+    except (SparselandError, TypeError):  # other numbers, or another call
+        return False
+    return True
 
 
 def _fits(rope: RotaryRope | NoRope, q: Tensor, k: Tensor, outputs: list[Tensor]) -> bool:

@@ -166,9 +166,8 @@ class RSparse(LinearMethod):
                 f"r-sparse: the calibration was made for sparsity={made_for['sparsity']}, "
                 f"alpha={made_for['alpha']}, not for sparsity={self.sparsity}, alpha={self.alpha}"
             )
-        limit = calibration.tensors.get(f"{name}.threshold")
-        if limit is None:
-            raise SparselandError(f"r-sparse: the calibration knows no layer {name}; it is another model's")
+        # -inf: every channel counts.
+        limit = calibration.tensor(self.card.slug, f"{name}.threshold", (), finite=False)
         weight = linear.weight
         scale = self._column_scale(linear)
         if self.alpha == 0:
@@ -178,8 +177,9 @@ class RSparse(LinearMethod):
             threshold = torch.where(scale > 0, limit.to(scale.device) / scale, math.inf)
             threshold = torch.where(limit.to(scale.device) == -math.inf, -math.inf, threshold)
         factors = None
-        if self.rank(linear.in_features, linear.out_features):
-            a, b = (calibration.tensors[f"{name}.{key}"] for key in ("A", "B"))
+        if rank := self.rank(linear.in_features, linear.out_features):
+            a = calibration.tensor(self.card.slug, f"{name}.A", (linear.out_features, rank))
+            b = calibration.tensor(self.card.slug, f"{name}.B", (rank, linear.in_features))
             factors = (a.to(weight.device, weight.dtype), b.to(weight.device, weight.dtype))
         return RSparseLinear(linear, threshold, factors, everywhere=self.scope == "all")
 

@@ -2,7 +2,11 @@
 
 Only tasks that the dense model can do count: at least half of its samples right, by greedy decoding or by
 choosing, and then more than chance explains. The others are shown, since leaving them out silently would hide
-what was tried.
+what was tried; nothing is tested on them. What is tested at one model and length is corrected together.
+
+Units are compared at equal *measured* compression: a setting that was asked for 16x may well compute a fifth.
+A unit's score between two measured compressions is read off the line between them, over the logarithm of the
+compression and from dense (1x) on; beyond its last one nothing is said.
 """
 
 from __future__ import annotations
@@ -13,10 +17,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from sparseland.attention.sparse_frontier import SparseFrontier
 from sparseland.errors import SparselandError
 from sparseland.laws._flops import ModelShape, decode_bytes, decode_flops, prefill_flops
-from sparseland.laws._statistics import bootstrap_interval
+from sparseland.laws._statistics import bootstrap_interval, smallest_bound, smallest_p
 from sparseland.laws.sparse_frontier import (
     ALPHA,
     MARGIN,
@@ -34,6 +40,8 @@ from sparseland.method import parse_spec
 from sparseland.tasks import countable
 
 Row = dict[str, Any]
+# (measured compression, score), ascending.
+Curve = list[tuple[float, float]]
 
 # What a sample's score may be: the geometric mean probability of the right answer's tokens, or right/wrong.
 SCORES = ("likelihood", "chosen", "generated")
@@ -64,7 +72,10 @@ def summary(rows: Sequence[Row], score: str = "likelihood") -> dict[str, Any]:
     counted = [c for c in cells if c["counts"]]
     return {
         "score": score,
-        "test": f"{TEST}; intervals: paired bootstrap, 95 %; margin {MARGIN:g}",
+        "test": (
+            f"{TEST} over the tasks that count at a model and length; intervals: paired bootstrap, 95 %; "
+            f"a loss above {MARGIN:g} is ruled out by Gaffke's upper bound, 95 %"
+        ),
         "models": [{k: v for k, v in r.items() if k != "kind"} for r in rows if r["kind"] == "model"],
         "cells": [{k: v for k, v in c.items() if k not in ("scores", "dense_scores")} for c in cells],
         "dense": [
@@ -81,8 +92,8 @@ def summary(rows: Sequence[Row], score: str = "likelihood") -> dict[str, Any]:
 
 
 def _cells(rows: Sequence[Row], score: str) -> list[Row]:
-    """Measured cells with their scores, whether their task counts, and what they lose against dense."""
-    cells = [r for r in rows if r["kind"] == "cell" and r["status"] == "ok"]
+    """Measured cells with their scores, whether their task counts, and then what they lose against dense."""
+    cells = _distinct([r for r in rows if r["kind"] == "cell" and r["status"] == "ok"])
     if score != "likelihood":
         cells = [c for c in cells if c[score]]
     dense = {(c["model"], c["task"], c["length"]): c for c in cells if c["unit"] == "dense"}
@@ -109,12 +120,18 @@ def _cells(rows: Sequence[Row], score: str) -> list[Row]:
                 "dense_scores": sample_scores(reference, score),
             }
         )
-    for group in grouped(made, "model", "length").values():
-        sparse = [c for c in group if c["unit"] != "dense"]
+    sparse_counted = [c for c in made if c["unit"] != "dense" and c["counts"]]
+    for sparse in grouped(sparse_counted, "model", "length").values():
         found = compare([(c["scores"], c["dense_scores"]) for c in sparse])
         for c, comparison in zip(sparse, found, strict=True):
             c["comparison"] = asdict(comparison)
     return made
+
+
+def _distinct(cells: Sequence[Row]) -> list[Row]:
+    """One cell per setting: where a unit can't be sparser, two nominal compressions come to the same spec."""
+    settings = grouped(cells, "model", "task", "length", "unit", "spec")
+    return [same[0] for same in settings.values()]
 
 
 def can_do(dense: Row) -> bool:
@@ -140,7 +157,7 @@ def _safe(cells: Sequence[Row]) -> list[Row]:
     sparse = [c for c in cells if c["unit"] != "dense"]
     found = []
     for (model, length), group in grouped(sparse, "model", "length").items():
-        settings = grouped(group, "unit", "compression")
+        settings = grouped(group, "unit", "spec")
         pooled = compare([(_all(g, "scores"), _all(g, "dense_scores")) for g in settings.values()])
         by_unit: dict[str, list[tuple[float, Comparison]]] = {}
         for ((unit, _), g), comparison in zip(settings.items(), pooled, strict=True):
@@ -153,6 +170,10 @@ def _safe(cells: Sequence[Row]) -> list[Row]:
                 for (task,), own in tasks.items()
             }
             least = min(worst, key=lambda t: worst[t])
+            ruled_out = largest_safe(comparisons, within=True)
+            samples = min(
+                sum(c["samples"] for c in g) for (own_unit, _), g in settings.items() if own_unit == unit
+            )
             found.append(
                 {
                     "model": model,
@@ -161,12 +182,14 @@ def _safe(cells: Sequence[Row]) -> list[Row]:
                     "phase": next(c["phase"] for c in group if c["unit"] == unit),
                     "tried": max(c for c, _ in comparisons),
                     "mean": largest_safe(comparisons),
-                    "ruled_out": largest_safe(comparisons, within=True),
+                    "ruled_out": ruled_out,
                     "worst": worst[least],
                     "worst_task": least,
                     # With too few samples no loss can be significant, and everything would pass as safe.
-                    "mean_can_tell": _can_tell(sum(c["samples"] for c in _first(group, unit)), len(settings)),
+                    "mean_can_tell": _can_tell(samples, len(settings)),
                     "worst_can_tell": _can_tell(min(c["samples"] for c in group), len(group)),
+                    # Nor can one be ruled out, but where samples gained.
+                    "ruled_out_can_tell": ruled_out > 1 or smallest_bound(samples, ALPHA) < MARGIN,
                     "losses": [
                         {"compression": m, **asdict(c)} for m, c in sorted(comparisons, key=lambda x: x[0])
                     ],
@@ -175,15 +198,9 @@ def _safe(cells: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _first(cells: Sequence[Row], unit: str) -> list[Row]:
-    """A unit's cells of one compression: one per task."""
-    own = [c for c in cells if c["unit"] == unit]
-    return [c for c in own if c["compression"] == own[0]["compression"]]
-
-
 def _can_tell(samples: int, comparisons: int) -> bool:
     """Whether a loss in every sample would be significant among so many comparisons."""
-    return comparisons * 0.5 ** min(samples, 1000) <= ALPHA
+    return comparisons * smallest_p(samples, comparisons, ALPHA) <= ALPHA
 
 
 def _all(cells: Sequence[Row], name: str) -> list[float]:
@@ -194,27 +211,65 @@ def _all(cells: Sequence[Row], name: str) -> list[float]:
 # --------------------------------------------------------------------- ranking
 
 
+def curves(cells: Iterable[Row]) -> dict[tuple[str, str, int, str], Curve]:
+    """Model, task, length and unit -> score against measured compression, from dense on."""
+    found: dict[tuple[str, str, int, str], Curve] = {}
+    for (model, task, length), group in grouped(cells, "model", "task", "length").items():
+        by_unit = grouped(group, "unit")
+        dense = [(1.0, c["score"]) for c in by_unit.pop(("dense",), [])]
+        for (unit,), own in by_unit.items():
+            points = sorted((max(1.0, c["measured"]), c["score"]) for c in own)
+            found[model, task, length, unit] = [*dense, *points]
+    return found
+
+
+def score_at(curve: Curve, compression: float) -> float:
+    """A unit's score at a compression that it reaches, between the measured ones."""
+    measured, scores = zip(*curve, strict=True)
+    return float(np.interp(math.log(compression), np.log(measured), scores))
+
+
 def _ranking(cells: Sequence[Row]) -> list[Row]:
-    """Per task, phase and nominal compression: units by mean score over models and lengths."""
+    """Per task, phase, length and compression: units by score, the mean over models.
+
+    The compressions are those that were asked for, as far as every unit goes; compared are the models on
+    which every unit was measured.
+    """
     found = []
+    own = curves(cells)
     sparse = [c for c in cells if c["unit"] != "dense"]
-    for (task, phase, compression), group in grouped(sparse, "task", "phase", "compression").items():
-        units = grouped(group, "unit")
-        places = {frozenset((c["model"], c["length"]) for c in g) for g in units.values()}
-        if len(places) != 1:
-            continue  # not measured alike
-        ranked = sorted(
-            (
+    for (task, phase, length), group in grouped(sparse, "task", "phase", "length").items():
+        units = list(dict.fromkeys(c["unit"] for c in group))
+        models = [
+            model
+            for model in dict.fromkeys(c["model"] for c in group)
+            if all((model, task, length, unit) in own for unit in units)
+        ]
+        if not models:
+            continue
+        last = min(own[model, task, length, unit][-1][0] for model in models for unit in units)
+        for compression in sorted({min(c["compression"], last) for c in group} - {1.0}):
+            ranked = [
                 {
                     "unit": unit,
-                    "score": statistics.fmean(c["score"] for c in g),
-                    "density": statistics.fmean(c["density"] for c in g),
+                    "score": statistics.fmean(
+                        score_at(own[model, task, length, unit], compression) for model in models
+                    ),
+                    "density": 1 / compression,
                 }
-                for (unit,), g in units.items()
-            ),
-            key=lambda r: -r["score"],
-        )
-        found.append({"task": task, "phase": phase, "compression": compression, "units": ranked})
+                for unit in units
+            ]
+            ranked.sort(key=lambda r: -r["score"])
+            found.append(
+                {
+                    "task": task,
+                    "phase": phase,
+                    "length": length,
+                    "compression": compression,
+                    "models": models,
+                    "units": ranked,
+                }
+            )
     return found
 
 
@@ -232,13 +287,13 @@ def _isoflops(cells: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
         models = {c["model"] for c in group}
         tasks = {c["task"] for c in group}
         tasks = {t for t in tasks if {c["model"] for c in group if c["task"] == t} == models}
-        settings = grouped((c for c in group if c["task"] in tasks), "model", "unit", "compression")
+        settings = grouped((c for c in group if c["task"] in tasks), "model", "unit", "spec")
         points: list[Row] = []
-        for (model, unit, compression), g in settings.items():
+        for (model, unit, spec), g in settings.items():
             if {c["task"] for c in g} != tasks:
                 continue
             density = statistics.fmean(c["density"] for c in g)
-            method = None if unit == "dense" else _unit(g[0]["spec"])
+            method = None if unit == "dense" else _unit(spec)
             shape = shapes[model]
             for phase in ("prefill", "decode"):
                 if unit != "dense" and g[0]["phase"] != phase:
@@ -249,7 +304,7 @@ def _isoflops(cells: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
                     "phase": phase,
                     "model": model,
                     "unit": unit,
-                    "compression": compression,
+                    "compression": g[0]["compression"],
                     "density": density,
                     "flops": cost(shape, length, density, method),
                     "score": statistics.fmean(c["score"] for c in g),

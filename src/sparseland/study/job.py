@@ -240,7 +240,10 @@ class _Model:
         if self._late():
             return
         plan: list[tuple[str, float, str]] = [("dense", 1.0, "")]
-        plan += [(unit, c, spec) for (unit, c), spec in self._settings(length).items()]
+        for (unit, compression), spec in self._settings(length).items():
+            # A unit that can't be sparser gets the same setting for a higher compression: measured once.
+            if spec not in {known for *_, known in plan}:
+                plan.append((unit, compression, spec))
         ids = ask.equal_prompts(samples, self.tokenizer)
         # What opens the answer is decoded; it differs by a token or two between samples.
         cut = ids.shape[1] - max(1, min(s.opened for s in samples))

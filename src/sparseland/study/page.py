@@ -105,7 +105,10 @@ def _sections(summary: Row) -> list[tuple[str, list[str], list[Row], list[tuple[
             "Costs are counted operations, choosing included. The line is the front: nothing is better for "
             "less.",
         ], [], cost_plots(summary)),
-        ("Best unit per task", [], ranking_table(summary), []),
+        ("Best unit per task", [
+            "At equal measured compression, scores between the measured ones on the line between them, no "
+            "further than every unit goes.",
+        ], ranking_table(summary), []),
     ]  # fmt: skip
     if law["coefficients"] is None:
         found.append(("The law", [f"Not fitted: {law['reason']}."], [], []))
@@ -138,7 +141,7 @@ def safe_table(summary: Row) -> list[Row]:
             "model": r["model"], "tokens": r["length"], "unit": r["unit"], "phase": r["phase"],
             "tried to": _times(r["tried"]),
             "mean of tasks": _times(r["mean"]) if r["mean_can_tell"] else TOO_FEW,
-            "loss ruled out": _times(r["ruled_out"]),
+            "loss ruled out": _times(r["ruled_out"]) if r["ruled_out_can_tell"] else TOO_FEW,
             "worst task": _times(r["worst"]) if r["worst_can_tell"] else TOO_FEW,
             "which": r["worst_task"] if r["worst_can_tell"] else None,
         }
@@ -159,13 +162,12 @@ def dense_table(summary: Row) -> list[Row]:
 
 
 def ranking_table(summary: Row) -> list[Row]:
-    """One row per task, phase and compression."""
+    """One row per task, phase, length and compression."""
     return [
         {
-            "task": r["task"], "phase": r["phase"], "asked for": _times(r["compression"]),
-            "units, best first": ", ".join(
-                f"{u['unit']} {u['score']:.3f} (1/{1 / u['density']:.1f})" for u in r["units"]
-            ),
+            "task": r["task"], "phase": r["phase"], "tokens": r["length"],
+            "compression": _times(r["compression"]),
+            "units, best first": ", ".join(f"{u['unit']} {u['score']:.3f}" for u in r["units"]),
         }
         for r in summary["ranking"]
     ]  # fmt: skip

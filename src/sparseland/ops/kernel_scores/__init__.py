@@ -6,6 +6,9 @@ sums over the windows that touch a block, is the block's score; ``select_blocks`
 blocks before the query's window. Scores live only for some queries at a time: nothing is kept that grows
 with queries times windows. No gradients: the method's are those of the attention over what is chosen.
 
+What can't be judged is read: a window with NaN or infinity in its mean scores ``UNJUDGED``, above all
+others, and counts as zeros in the denominators; for a query that is NaN all windows that have ended do.
+
 Source: Zhao et al. 2025, "InfLLM-V2: Dense-Sparse Switchable Attention", section 3; MiniCPM Team 2025,
 "MiniCPM4", section 2.
 """
@@ -23,10 +26,11 @@ from sparseland.ops._dispatch import Backend, choose, interpreting, on_cpu, why_
 from sparseland.ops.kernel_scores import fast
 from sparseland.ops.kernel_scores.fast import block_scores, coarsen, compress_keys, visible_kernels
 from sparseland.ops.kernel_scores.fast import top as top_blocks
+from sparseland.ops.kernel_scores.reference import UNJUDGED
 from sparseland.patterns import cdiv
 
 __all__ = [
-    "block_scores", "check_sizes", "coarsen", "compress_keys", "kernel_scores", "longest_list",
+    "UNJUDGED", "block_scores", "check_sizes", "coarsen", "compress_keys", "kernel_scores", "longest_list",
     "select_blocks", "top_blocks", "visible_kernels",
 ]  # fmt: skip
 
@@ -89,6 +93,8 @@ def kernel_scores(
     backend: str | None = None,
 ) -> Float[Tensor, "B Hkv Nq Mk"]:
     """Each key block's score for each query and key head: 0 where no window that touches it has ended yet.
+
+    ``UNJUDGED`` where one has that can't be compared: its mean holds NaN or infinity, or its product is NaN.
 
     Args:
         q: queries, the last ``Nq`` of the ``n_keys`` tokens.

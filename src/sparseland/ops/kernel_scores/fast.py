@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparseland.ops.kernel_scores.reference import LARGEST
+from sparseland.ops.kernel_scores.reference import LARGEST, UNJUDGED, finite, judged
 from sparseland.patterns import cdiv, token_words, word_lists
 
 # Bytes of logits or scores held at once.
@@ -107,17 +107,21 @@ def block_scores(
     # Rows of all heads of a group in one product, [B, Hkv, G, R, windows].
     positions = positions.reshape(-1, 1, 1, n, 1)
 
+    def later(first: int, count: int, kernel: int, stride: int) -> Tensor:
+        """Whether the windows from the ``first`` on end after the query, [B or 1, 1, 1, R, windows]."""
+        ended: Tensor = visible_kernels(positions + 1, kernel, stride)
+        return torch.arange(first, count, device=q.device) >= ended
+
     def logits(windows: Tensor, count: int, kernel: int, stride: int) -> Tensor:
-        s = torch.unflatten(_grouped_product(q, windows[:, :, :count], scale), 1, (kv_heads, -1))
+        s = torch.unflatten(_grouped_product(q, finite(windows[:, :, :count]), scale), 1, (kv_heads, -1))
         sure = visible_kernels(seen_by_all, kernel, stride)
-        ended = torch.arange(sure, count, device=q.device) < visible_kernels(positions + 1, kernel, stride)
-        s[..., sure:].masked_fill_(~ended, -math.inf)
+        s[..., sure:].masked_fill_(later(sure, count, kernel, stride), -math.inf)
         return s
 
     fine = logits(compressed, count, kernel, stride)
     n_coarse = visible_kernels(length, 4 * kernel, 4 * stride) if coarse is not None else 0
     if not n_coarse:
-        # A row that has seen no window yet gives NaN here, and 0 below.
+        # A row that has seen no window yet is NaN here, and 0 below.
         p = fine.softmax(-1)
     else:
         assert coarse is not None
@@ -127,7 +131,10 @@ def block_scores(
         exact = fine[..., : 4 * kernel // stride].logsumexp(-1)
         lse = torch.where(early, exact.masked_fill(exact == -math.inf, 0), lse)
         p = fine.sub_(lse[..., None]).clamp_(max=LARGEST).exp_()
-    total = p.sum(2).nan_to_num_(0.0)
+    total = p.sum(2).nan_to_num_(UNJUDGED)
+    total.masked_fill_(~judged(compressed[:, :, None, :count]), UNJUDGED)
+    sure = visible_kernels(seen_by_all, kernel, stride)
+    total[..., sure:].masked_fill_(later(sure, count, kernel, stride)[:, :, 0], 0.0)
     padded = torch.nn.functional.pad(total, (0, blocks * per_block - count))
     split = torch.unflatten(padded, -1, (blocks, per_block))
     best = split.amax(-1)

@@ -12,6 +12,8 @@ from sparseland.patterns import cdiv
 
 # A denominator from coarser windows may be too small by any factor; scores end here (base e).
 LARGEST = 40.0
+# The score of what is not a number: above all others, and finite, so that sums and products keep it.
+UNJUDGED = 2.0**120
 
 
 def scores(
@@ -25,13 +27,15 @@ def scores(
     scale: float,
 ) -> Float[Tensor, "B Hkv Nq Mk"]:
     """See :func:`sparseland.ops.kernel_scores.kernel_scores`."""
-    logits = _logits(q, compressed, n_keys, kernel, stride, scale)
+    logits = _logits(q, finite(compressed), n_keys, kernel, stride, scale)
     lse = logits.logsumexp(-1)
     if coarse is not None:
-        rough = _logits(q, coarse, n_keys, 4 * kernel, 4 * stride, scale).logsumexp(-1)
+        rough = _logits(q, finite(coarse), n_keys, 4 * kernel, 4 * stride, scale).logsumexp(-1)
         lse = torch.where(rough == -math.inf, lse, rough)
     p = (logits - lse.masked_fill(lse == -math.inf, 0)[..., None]).clamp(max=LARGEST).exp()
-    total = torch.unflatten(p, 1, (compressed.shape[1], -1)).sum(2).nan_to_num(0.0)  # [B, Hkv, Nq, Nc]
+    total = torch.unflatten(p, 1, (compressed.shape[1], -1)).sum(2)  # [B, Hkv, Nq, Nc]
+    total = total.masked_fill(total.isnan() | ~judged(compressed)[:, :, None], UNJUDGED)
+    total = total.masked_fill(_later(compressed, q.shape[2], n_keys, kernel, stride), 0.0)
     blocks = []
     for block in range(cdiv(n_keys, block_size)):
         touching = [
@@ -68,6 +72,20 @@ def _logits(
     """Scaled products with the windows, -inf for those that end after the query."""
     group = q.shape[1] // compressed.shape[1]
     logits = q.float() @ compressed.float().repeat_interleave(group, 1).mT * scale
-    position = torch.arange(n_keys - q.shape[2], n_keys, device=q.device)[:, None]
-    end = torch.arange(compressed.shape[2], device=q.device) * stride + kernel - 1
-    return logits.masked_fill(end > position, -math.inf)
+    return logits.masked_fill(_later(compressed, q.shape[2], n_keys, kernel, stride), -math.inf)
+
+
+def _later(windows: Tensor, n_queries: int, n_keys: int, kernel: int, stride: int) -> Bool[Tensor, "Nq Nc"]:
+    """Whether the window ends after the query."""
+    position = torch.arange(n_keys - n_queries, n_keys, device=windows.device)[:, None]
+    return torch.arange(windows.shape[2], device=windows.device) * stride + kernel - 1 > position
+
+
+def finite(windows: Float[Tensor, "B H n D"], other: float = 0.0) -> Float[Tensor, "B H n D"]:
+    """The windows, zeros (or another number) in place of those that hold NaN or infinity."""
+    return windows.masked_fill(~judged(windows)[..., None], other)
+
+
+def judged(windows: Float[Tensor, "B H n D"]) -> Bool[Tensor, "B H n"]:
+    """Whether all of a window's mean is finite."""
+    return windows.isfinite().all(-1)

@@ -17,6 +17,7 @@ blocks whose scores agree that far count as equal: the earlier is taken. With fl
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from sparseland.ops._rows import rows_at
-from sparseland.ops.kernel_scores.reference import LARGEST
+from sparseland.ops.kernel_scores.reference import LARGEST, UNJUDGED, finite
 from sparseland.patterns import cdiv
 
 _LOG2E = 1.4426950408889634
@@ -116,8 +117,8 @@ def _score_walk(
     b_before, b_qs, b_lses, p_q, p_lse, p_out, row, c, stride_qh, stride_cn, Nq, Nc, b_seen, begin, end,
     scale_log2,
     G: tl.constexpr, PER: tl.constexpr, REACH: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, CLAMP: tl.constexpr, LARGEST: tl.constexpr, HOLD: tl.constexpr,
-    EDGE: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, CLAMP: tl.constexpr, LARGEST: tl.constexpr,
+    UNJUDGED: tl.constexpr, HOLD: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Scores of the blocks of the windows [begin, end); ``b_before``: what the tile before lends on."""
     NB: tl.constexpr = BN // PER
@@ -151,15 +152,15 @@ def _score_walk(
                 if CLAMP:
                     b_s = tl.minimum(b_s, LARGEST, propagate_nan=tl.PropagateNan.ALL)
                 b_r += tl.exp2(b_s)
+        # What is not a number is above all numbers.
+        b_r = tl.where(b_r < UNJUDGED, b_r, UNJUDGED)
         if EDGE:
             b_r = tl.where(i_c[None, :] < b_seen[:, None], b_r, 0.0)
         b_split = tl.reshape(b_r, [BT, PER, NB])
-        # The larger of a number and what is none is the number; of 0 and none, 0.
-        b_best = tl.maximum(tl.max(b_split, 1), 0.0)
+        b_best = tl.max(b_split, 1)
         if REACH > 0:
             # The last windows of a block reach into the next one.
-            b_tail = tl.maximum(tl.max(tl.where(i_per >= PER - REACH, b_split, 0.0), 1), 0.0)
-            b_tail = b_tail.to(p_out.dtype.element_ty)
+            b_tail = tl.max(tl.where(i_per >= PER - REACH, b_split, 0.0), 1).to(p_out.dtype.element_ty)
             b_lent = tl.dot(b_tail, b_shift, input_precision="ieee")
             b_lent = tl.dot(b_before, b_wrap, b_lent, input_precision="ieee")
             b_best = tl.maximum(b_best, b_lent)
@@ -175,7 +176,7 @@ def _score_kernel(
     units, scale_log2,
     G: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PER: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, CLAMP: tl.constexpr, LARGEST: tl.constexpr,
-    HOLD: tl.constexpr, UNIT: tl.constexpr,
+    UNJUDGED: tl.constexpr, HOLD: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Block scores of a tile of tokens and one key head, up to the last block that a window of it touches.
 
@@ -211,11 +212,11 @@ def _score_kernel(
     b_before = tl.zeros([BT, BN // PER], scores.dtype.element_ty)
     b_before = _score_walk(
         b_before, b_qs, b_lses, p_q, p_lse, p_out, row, c, stride_qh, stride_cn, Nq, Nc, b_seen, 0, sure,
-        scale_log2, G, PER, REACH, D, BD, BT, BN, CLAMP, LARGEST, HOLD, False,
+        scale_log2, G, PER, REACH, D, BD, BT, BN, CLAMP, LARGEST, UNJUDGED, HOLD, False,
     )  # fmt: skip
     b_before = _score_walk(
         b_before, b_qs, b_lses, p_q, p_lse, p_out, row, c, stride_qh, stride_cn, Nq, Nc, b_seen, sure, end,
-        scale_log2, G, PER, REACH, D, BD, BT, BN, CLAMP, LARGEST, HOLD, True,
+        scale_log2, G, PER, REACH, D, BD, BT, BN, CLAMP, LARGEST, UNJUDGED, HOLD, True,
     )  # fmt: skip
 
 
@@ -315,6 +316,7 @@ def score(
     B, H, Nq, D = q.shape
     Hkv, rows, width = out.shape[1:]
     per_block, BD = block_size // stride, max(16, triton.next_power_of_2(D))
+    compressed = finite(compressed, math.nan)  # an infinity could give -inf, which is a number's score
     if cut is None:
         cut = FULL_PRECISION if q.dtype == torch.float32 else SCORE[max(BD, 64)]
     # At least 16 blocks, which a product takes, and whole units.
@@ -324,7 +326,8 @@ def score(
         _score_kernel[(cdiv(rows, cut.BT), Hkv, B)](
             q, compressed, lse, out, *q.stride()[:3], *compressed.stride()[:3], H, Nq, compressed.shape[2],
             offset, start, rows, width // _UNIT, scale * _LOG2E, H // Hkv, kernel, stride, per_block, D, BD,
-            cut.BT, BN, clamp, LARGEST * _LOG2E, hold, _UNIT, num_warps=cut.warps, num_stages=cut.stages,
+            cut.BT, BN, clamp, LARGEST * _LOG2E, UNJUDGED, hold, _UNIT, num_warps=cut.warps,
+            num_stages=cut.stages,
         )  # fmt: skip
 
     if cut.hold and H // Hkv * cut.BT * BD * q.element_size() <= _HELD_QUERIES:
@@ -347,11 +350,11 @@ def denominators(
 ) -> Float[Tensor, "B Hq Nq"]:
     """Base-2 log-sum-exp over the coarse windows; over all where a query has seen none of them."""
     if coarse is None:
-        return _lse(q, compressed, kernel, stride, offset, scale, cut)
-    lse = _lse(q, coarse.contiguous(), 4 * kernel, 4 * stride, offset, scale, cut)
+        return _lse(q, finite(compressed), kernel, stride, offset, scale, cut)
+    lse = _lse(q, finite(coarse).contiguous(), 4 * kernel, 4 * stride, offset, scale, cut)
     early = min(max(4 * kernel - 1 - offset, 0), q.shape[2])
     if early:
-        lse[:, :, :early] = _lse(q[:, :, :early], compressed, kernel, stride, offset, scale, cut)
+        lse[:, :, :early] = _lse(q[:, :, :early], finite(compressed), kernel, stride, offset, scale, cut)
     return lse
 
 

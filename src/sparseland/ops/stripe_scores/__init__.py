@@ -102,9 +102,9 @@ def stripe_columns(
 ) -> ColumnPattern:
     """The stripes of each group: single keys for ``step`` query blocks together.
 
-    Where more than ``limit`` keys of a group pass, its threshold is lowered, evenly in eight steps down to
-    ``theta / 8``, until they fit; if even the last has too many, the nearest keys stay. Keys whose
-    comparison is NaN or infinite are kept.
+    Where more than ``limit`` keys of a group pass, its threshold is lowered, up to seven times by
+    ``theta / 8`` or by 1, whichever is more, until they fit; if even the last has too many, the nearest keys
+    stay. Keys whose comparison is NaN or infinite are kept.
 
     Args:
         q: queries ``[B, Hq, Nq, D]``, the last Nq of the Nk tokens.

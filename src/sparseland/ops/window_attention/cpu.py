@@ -147,7 +147,7 @@ def _banded_around_bad_keys(
         spoiled = torch.zeros(q.shape[2], dtype=torch.bool)
         for j in bad.nonzero().flatten().tolist():
             spoiled |= (position >= j) & ((position - j < window) | (j < sinks))
-        for rows in spoiled.nonzero().flatten().split(_SPOILED_ROWS):
+        for rows in torch.split(spoiled.nonzero().flatten(), _SPOILED_ROWS):
             hidden = _mask(position[rows], torch.arange(k.shape[1]), sinks, window, torch.float32)
             out[at, :, rows], lse[at, :, rows] = masked_attention(
                 q[at, :, rows], k[None, at], v[None, at], hidden[None, None] == 0, scale
