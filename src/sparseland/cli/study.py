@@ -120,7 +120,7 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     for heading, table in (
         ("What the dense model can do (only tasks that count are compared)", dense_table(summary)),
         (f"Largest compression without significant loss ({summary['test']})", safe_table(summary)),
-        ("Units at equal nominal compression", ranking_table(summary)),
+        ("Units at equal measured compression", ranking_table(summary)),
     ):
         emit(Text(heading, style="bold"), width=120)
         emit(rows_table(table) if table else Text("nothing measured, or no task counts"), width=180)
