@@ -4,8 +4,8 @@
     python docs/generate.py --check    exit code 1 and one line if what is written is stale
 
 Pages: methods/SLUG.md and methods/index.md from the methods' cards, measurements.md from every JSON file
-under benchmarks/results, which.md from some of them. The same input gives the same bytes: no date, no order
-of a folder gets in.
+under benchmarks/results, which.md from some of them, curves/SLUG-TASK.svg from the claims of training. The
+same input gives the same bytes: no date, no order of a folder gets in.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sparseland.cli.catalog import recorded_results
 from sparseland.method import METHOD_PACKAGES, ROLES, Method, describe_params, method_class, method_slugs
+from sparseland.report.curves import Task, curves_of, describe, draw_curves
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -90,6 +91,12 @@ def pages() -> dict[Path, str]:
         DOCS / "methods" / f"{slug}.md": render("method.md.jinja", **method_page(method_class(slug)))
         for slug in slugs
     }
+    for slug in slugs:
+        if claim := trained_claim(slug):
+            page = DOCS / "methods" / f"{slug}.md"
+            before, heading, after = made[page].partition("## Our measurements\n")
+            made[page] = before + curves_section(slug, *claim) + heading + after
+            made |= {curve_file(slug, task): text for task, text in pictures(slug, claim[1])}
     made[DOCS / "methods" / "index.md"] = render("methods.md.jinja", sites=by_site(slugs))
     made[DOCS / "which.md"] = render("which.md.jinja", **which_page())
     made[DOCS / "measurements.md"] = render("measurements.md.jinja", files=result_files())
@@ -158,19 +165,33 @@ def _which_frontier() -> dict[str, Any] | None:
 
 
 def _which_gpu() -> list[dict[str, Any]]:
-    path = RESULTS / "gpu_prefill.json"
-    if not path.exists():
-        return []
-    data = read(path)
+    # The file with the authors' kernels has more lengths; those of the first file are of more layers.
+    parts, seen = [], set()
+    for name in ("gpu_prefill.json", "gpu_prefill_peers.json"):
+        if not (path := RESULTS / name).exists():
+            continue
+        data = read(path)
+        lengths = {r["length"] for r in data["rows"]} - seen
+        parts += _gpu_parts(data, lengths)
+        seen |= lengths
+    return parts
+
+
+def _gpu_parts(data: dict[str, Any], lengths: set[int]) -> list[dict[str, Any]]:
     parts = []
     for shape, length in dict.fromkeys((r["shape"], r["length"]) for r in data["rows"]):
+        if length not in lengths:
+            continue
         rows = [r for r in data["rows"] if (r["shape"], r["length"]) == (shape, length)]
         timed = sorted((r for r in rows if r.get("whole_ms")), key=lambda r: r["whole_ms"])
         best = next((r for r in timed if r.get("error", 1) <= 0.3 and "slug" in r), None)
         slower = [r["method"] for r in timed if r["whole_ms"] > r["dense_ms"]]
+        layers = sorted({layer["layer"] for r in rows for layer in r.get("layers", ())})
         words = ""
+        if layers:
+            words = f"Layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))} of the model. "
         if best:
-            words = (
+            words += (
                 f"Of those with an error of at most 0.3, `{best['method']}` is the fastest: "
                 f"{best['dense_ms'] / best['whole_ms']:.2f}× dense."
             )
@@ -183,7 +204,8 @@ def _which_gpu() -> list[dict[str, Any]]:
                 "rows": [
                     {
                         "method": r["method"] + _trained(r.get("slug")), "density": r.get("density"),
-                        "recall": r.get("recall"),
+                        # Older runs have a sum above 1 for a method that adds scores of its own.
+                        "recall": r["recall"] if (r.get("recall") or 2) <= 1 else None,
                         "error": r.get("error"), "select_ms": r.get("select_ms"),
                         "attend_ms": r.get("attend_ms"), "whole_ms": r["whole_ms"],
                         "speedup": r["dense_ms"] / r["whole_ms"],
@@ -343,6 +365,51 @@ def measurements_of(slug: str) -> list[dict[str, Any]]:
     return found
 
 
+# ---------------------------------------------------------- learning curves
+
+
+def trained_claim(slug: str) -> tuple[dict[str, Any], list[Task]] | None:
+    """The recorded claim of a method that was trained for it, with its learning curves."""
+    path = RESULTS / "claims" / f"{slug}.json"
+    claim = read(path) if path.exists() else None
+    tasks = curves_of(claim.get("rows") or []) if isinstance(claim, dict) else []
+    return (claim, tasks) if isinstance(claim, dict) and tasks else None
+
+
+def curve_file(slug: str, task: Task) -> Path:
+    """Where the picture of a task's curves is."""
+    return DOCS / "curves" / f"{slug}-{re.sub(r'[^a-z0-9]+', '-', task.name.lower())}.svg"
+
+
+def pictures(slug: str, tasks: Sequence[Task]) -> list[tuple[Task, str]]:
+    """The pictures, marked as generated."""
+    order = list(dict.fromkeys(name for task in tasks for name in task.settings))
+    return [(task, f"{MARK}\n{draw_curves(slug, task, order)}") for task in tasks]
+
+
+def curves_section(slug: str, claim: dict[str, Any], tasks: Sequence[Task]) -> str:
+    """The pictures with what was trained and how to read them."""
+    name = f"claims/{slug}.json"
+    words = ["The legend has each line's last values."]
+    if any(measure in task.curves for task in tasks for measure in ("loss", "accuracy")):
+        words.append("Loss and accuracy are of held-out sequences.")
+    if any("kl" in task.curves for task in tasks):
+        words.append("A point is the mean of the training steps since the one before.")
+    if seeds := max(task.seeds for task in tasks) if any(task.seeds > 1 for task in tasks) else 0:
+        words.append(
+            f"Where {seeds} seeds ran, lines are medians and bars go from the lowest to the highest."
+        )
+    if any(task.joint for task in tasks):
+        words.append("Right of a dotted line, training goes on from the end of the first setting.")
+    lines = [
+        "## Learning curves",
+        f"What was trained: {_escape_names(str(claim.get('differs') or claim['claim']))}.",
+    ]
+    lines.append(f"All points: [{name}](../../benchmarks/results/{name}). {' '.join(words)}")
+    lines += [f"![{describe(slug, t)}](../curves/{curve_file(slug, t).name})" for t in tasks]
+    return "\n\n".join(lines) + "\n\n"
+
+
 # -------------------------------------------------------------- measurements
 
 
@@ -498,8 +565,8 @@ def _is_deep(value: Any) -> bool:
 
 
 def leftovers(made: dict[Path, str]) -> list[Path]:
-    """Generated pages whose method is gone."""
-    there = sorted((DOCS / "methods").glob("*.md"))
+    """Generated pages whose method is gone, pictures whose curves are."""
+    there = sorted([*(DOCS / "methods").glob("*.md"), *(DOCS / "curves").glob("*.svg")])
     return [p for p in there if p not in made and MARK in p.read_text(encoding="utf-8")]
 
 
