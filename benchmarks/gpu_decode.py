@@ -31,11 +31,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sparseland.machine import machine, now, versions
 from sparseland.ops.bitmap_cache import bitmap_decode, compress, decompress
 from sparseland.ops.bitmap_cache import triton as bitmap_triton
-from sparseland.ops.channel_labels import label_scores, row_width, write_labels
+from sparseland.ops.channel_labels import label_scores, new_labels, row_width, write_labels
 from sparseland.ops.gather_decode import gather_decode
 from sparseland.ops.gather_decode import triton as gather_triton
 from sparseland.ops.sparse_gemv import sparse_gemv
 from sparseland.ops.sparse_gemv import triton as gemv_triton
+from sparseland.ops.top_values import top_indices
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 SCALE = DIM**-0.5
@@ -357,22 +358,20 @@ def labels_row(q: Tensor, k: Tensor, v: Tensor, lists: int, bits: int, bandwidth
     size = batch * lists * (n * (width * 2 if bits == 16 else width + 4) + listed * DIM * 2 * 2)
     caches = []
     for _ in range(max(1, math.ceil(BEYOND_L2 / size))):
-        labels = k.new_empty(batch, lists, n, width, dtype=k.dtype if bits == 16 else torch.uint8)
-        ranges = None if bits == 16 else k.new_empty(batch, lists, n, 2, dtype=torch.float16)
+        labels, ranges = new_labels(k, channels, bits, n)
         write_labels(k, channels, bits, labels, ranges, 0)
         caches.append((labels, ranges))
 
     def score(labels: Tensor, ranges: Tensor | None) -> Tensor:
-        scores = label_scores(q, channels, bits, labels, ranges)
-        return scores if lists == HEADS else scores.unflatten(1, (lists, -1)).amax(2)
+        return label_scores(q, channels, bits, labels, ranges, combine=None if lists == HEADS else "max")
 
     def step(labels: Tensor, ranges: Tensor | None) -> Tensor:
         write_labels(k[:, :, -1:], channels, bits, labels, ranges, n - 1)
-        index = score(labels, ranges).topk(listed, dim=-1, sorted=False).indices
+        index = top_indices(score(labels, ranges), listed)
         return gather_decode(q, k, v, index)
 
     scores = [score(*cache) for cache in caches]
-    indices = [x.topk(listed, dim=-1, sorted=False).indices for x in scores]
+    indices = [top_indices(x, listed) for x in scores]
     new = k[:, :, -1:]
     ideal = 1e3 * size / bandwidth
     ms = graph_ms([partial(step, *cache) for cache in caches])
@@ -381,7 +380,8 @@ def labels_row(q: Tensor, k: Tensor, v: Tensor, lists: int, bits: int, bandwidth
         "no_graph_ms": median_ms(partial(step, *caches[0])),
         "write_ms": graph_ms([partial(write_labels, new, channels, bits, *cache, n - 1) for cache in caches]),
         "score_ms": graph_ms([partial(score, *cache) for cache in caches]),
-        "topk_ms": graph_ms([partial(torch.topk, x, listed, sorted=False) for x in scores]),
+        "best_ms": graph_ms([partial(top_indices, x, listed) for x in scores]),
+        "torch_topk_ms": graph_ms([partial(torch.topk, x, listed, sorted=False) for x in scores]),
         "read_ms": graph_ms([partial(gather_decode, q, k, v, i) for i in indices]),
     }  # fmt: skip
 

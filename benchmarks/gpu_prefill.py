@@ -187,6 +187,7 @@ def main() -> None:
                 settings = [cls.at_density(0.1, length)] if cls.card.control else [cls()]
                 if slug == "flexprefill":
                     settings.append(cls(gamma=PEER_GAMMA, tau=PEER_TAU, min_budget=PEER_MINIMUM))
+                    settings.append(cls(gamma=PEER_GAMMA, tau=1.0, min_budget=PEER_MINIMUM, neighbours=1))
                 for method in settings:
                     row: dict[str, Any] = {**base, "slug": slug, "method": method.spec}
                     try:

@@ -403,6 +403,7 @@ class Options:
     dtype: str
     device: Any
     rope_scale: Any
+    minutes: float | None
     seed: int
     command: str
 

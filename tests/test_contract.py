@@ -179,15 +179,30 @@ class TestPrefill:
             expected = model(input_ids=ids).logits
             with sl.apply(model, method_class(slug).full_budget(LENGTH), calibration_ids=ids[:, :256]):
                 torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-3)
-            with sl.apply(model, sparse_setting(slug), calibration_ids=ids[:, :256]) as handle:
+            method = sparse_setting(slug)
+            with sl.apply(model, method, calibrations=learnt(method)) as handle:
                 model(input_ids=ids)
                 assert (handle.stats().density < 1) == (slug != "dense")
+
+
+KNOWN = {}
+
+
+def learnt(method):
+    """A calibration of the tiny model, made once for all tests: some take long, learning by gradients most."""
+    if method.calibration_key not in KNOWN:
+        short = replace(method, steps=5) if "steps" in method.params() else method
+        model = tiny_model("llama", max_position_embeddings=1024)
+        ids = torch.randint(3, 128, (2, 256), generator=torch.Generator().manual_seed(0))
+        with sl.apply(model, short, calibration_ids=ids) as handle:
+            KNOWN[method.calibration_key] = handle.calibrations
+    return KNOWN[method.calibration_key]
 
 
 def decoded(model, ids, method, steps=6):
     """Logits of ``steps`` decoding steps after a prompt."""
     out = []
-    with torch.no_grad(), sl.apply(model, method, calibration_ids=ids[:, :256]) as handle:
+    with torch.no_grad(), sl.apply(model, method, calibrations=learnt(method)) as handle:
         past = model(input_ids=ids[:, :-steps], use_cache=True).past_key_values
         for token in ids[:, -steps:].split(1, 1):
             step = model(input_ids=token, past_key_values=past, use_cache=True)
@@ -230,7 +245,7 @@ class TestDecoding:
         mask = torch.ones_like(ids)
         mask[1, :50] = 0
         options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        with sl.apply(model, method, calibration_ids=ids[:, :256]):
+        with sl.apply(model, method, calibrations=learnt(method)):
             padded = torch.where(mask.bool(), ids, 0)
             together = model.generate(input_ids=padded, attention_mask=mask, **options)[1, -5:]
             alone = model.generate(input_ids=short, attention_mask=torch.ones_like(short), **options)[0, -5:]

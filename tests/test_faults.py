@@ -6,7 +6,7 @@ import torch
 import sparseland as sl
 from sparseland.method import AttentionInputs
 from sparseland.models.tiny import tiny_model
-from test_contract import PREFILL, inputs, pattern_of, run, sparse_setting
+from test_contract import PREFILL, inputs, learnt, pattern_of, run, sparse_setting
 
 LENGTH = 450  # no multiple of any block
 
@@ -63,7 +63,8 @@ def test_rows_of_very_different_lengths_in_one_batch(slug):
     ids = torch.randint(3, 128, (2, 400), generator=g)
     mask = torch.ones_like(ids)
     mask[1, :380] = 0
-    with torch.no_grad(), sl.apply(model, sparse_setting(slug), calibration_ids=ids[:, :256]):
+    method = sparse_setting(slug)
+    with torch.no_grad(), sl.apply(model, method, calibrations=learnt(method)):
         together = model(input_ids=ids, attention_mask=mask).logits[1, 380:]
         alone = model(input_ids=ids[1:, 380:]).logits[0]
     # Positions differ (padding shifts them), attention of a rotary model does not.

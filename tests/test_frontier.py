@@ -1,7 +1,9 @@
 """The main job end to end on a tiny random model: screening, full measurements, files, resuming."""
 
 import json
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ from transformers import PreTrainedTokenizerFast
 
 from sparseland import frontier
 from sparseland.errors import SparselandError
-from sparseland.frontier import job, looking, measuring
-from sparseland.frontier.options import candidates
+from sparseland.frontier import job, measuring
+from sparseland.frontier.options import candidates, time_limit
 from sparseland.method import parse_spec
 from sparseland.models.tiny import tiny_model
+from sparseland.report.results import read_results
+from sparseland.report.words import verdict
 
 METHODS = [
     *(f"flexprefill:gamma={g},min_budget=32,block_size=16" for g in (0.5, 0.7, 0.9)),
@@ -44,7 +48,7 @@ def options(tmp_path_factory):
 def run(options):
     root = options.out.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(looking, "TASK_SAMPLES", {})  # needles need a model that can read
+        patch.setattr(job, "TASK_SAMPLES", {})  # needles need a model that can read
         patch.setattr(job, "SLOWEST", float("inf"))  # times of tiny models tell nothing
         result = frontier.run(options)
         rows = [json.loads(line) for line in (root / "out" / "results.jsonl").read_text().splitlines()]
@@ -125,14 +129,14 @@ def test_memory_that_does_not_suffice_is_noted_and_the_run_goes_on(options, tmp_
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     measure = measuring.run_window
-    monkeypatch.setattr(looking, "TASK_SAMPLES", {})
+    monkeypatch.setattr(job, "TASK_SAMPLES", {"needle": 1} if what == "tasks" else {})
     if what == "dense":
         monkeypatch.setattr(
             measuring, "run_window",
             lambda m, ids, n, *a, **k: greedy() if n == 512 else measure(m, ids, n, *a, **k),
         )  # fmt: skip
     else:
-        monkeypatch.setattr(job, {"tasks": "score_tasks", "recall": "inspect"}[what], greedy)
+        monkeypatch.setattr(job, {"tasks": "score_task", "recall": "inspect"}[what], greedy)
     result = frontier.run(replace(options, methods=METHODS[:1], out=tmp_path / "out"))
     assert (tmp_path / "out" / "recipe.json").exists()
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
@@ -140,6 +144,36 @@ def test_memory_that_does_not_suffice_is_noted_and_the_run_goes_on(options, tmp_
     assert left["reason"] == "out of memory: CUDA out of memory"
     assert {r["length"] for r in result.rows} == ({256} if what == "dense" else {256, 512})
     assert "out of memory" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_when_its_minutes_are_over_a_run_chooses_and_says_what_it_left_out(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "TASK_SAMPLES", {"needle": 1})
+    monkeypatch.setattr(job, "SCREENED_BY", 1.0)
+    clock = iter([0.0, *[30.0] * len(METHODS)])  # all are screened, then the 11th minute has come
+    monkeypatch.setattr(job, "time", SimpleNamespace(monotonic=lambda: next(clock, 60 * 11.0)))
+    options = replace(options, out=tmp_path / "out", minutes=1.0)
+    result = frontier.run(options)
+    full = {tuple(r["recipe"]) for r in result.rows if r["stage"] == "full"} - {(), ("dense",)}
+    assert len(full) == 1
+    assert result.choice is not None
+    results = read_results(tmp_path / "out" / "results.jsonl")
+    said = verdict(results)[-1]
+    assert said.startswith("Left out because the run's 1 minutes were over: ")
+    assert all(what in said for what in ("in full", "needle at 256 tokens", "recall", "--minutes"))
+
+    monkeypatch.undo()
+    monkeypatch.setattr(job, "TASK_SAMPLES", {})
+    more = frontier.run(replace(options, minutes=0))
+    assert {tuple(r["recipe"]) for r in more.rows if r["stage"] == "full"} > full
+    assert not any("Left out" in s for s in verdict(read_results(tmp_path / "out" / "results.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("given", "limit"),
+    [({}, 11), ({"minutes": 5.0}, 5), ({"minutes": 0.0}, math.inf), ({"lengths": [512]}, math.inf)],
+)
+def test_only_the_default_run_has_a_limit_of_its_own(given, limit):
+    assert time_limit(frontier.FrontierOptions(**given)) == limit
 
 
 def test_without_memory_for_any_length_there_is_one_line(options, tmp_path, monkeypatch):

@@ -284,11 +284,6 @@ def _calibrate(
     return found
 
 
-def layer_shapes(model: nn.Module) -> dict[int, LayerShape]:
-    """What methods are told of each attention layer of a dense model."""
-    return probe(model)
-
-
 def _learners(
     methods: Sequence[Method],
     layers: dict[int, nn.Module],

@@ -183,7 +183,9 @@ class AttentionRuntime:
     ) -> Tensor:
         n_queries, n_keys = q.shape[2], k.shape[2]
         start = self._clock(q)
-        if window is not None and window < n_keys:
+        if window is not None and window >= n_keys:
+            window = None  # it binds longer rows of the batch, not this one
+        if window is not None:
             # Where the model's own window binds it is the pattern; methods act on shorter prompts.
             pattern: Pattern = WindowPattern(n_queries, n_keys, 0, window)
         elif self.prefill is None:
@@ -201,18 +203,17 @@ class AttentionRuntime:
             attend(q, k, v, pattern, scale=scale)
             self.tally.select_s += selected - start
             self.tally.attend_s += self._clock(q) - before
-        if not self.measure_recall:
+        if self.measure_recall:
+            out, lse = attend(q, k, v, pattern, scale=scale, return_lse=True)
+            full = WindowPattern.dense(n_queries, n_keys) if window is None else pattern
+            _, dense_lse = attend(q, k, v, full, scale=scale, return_lse=True)
+            # The softmax denominators tell the kept mass: no second pass over the pairs.
+            self.tally.recall = self.tally.recall + (lse - dense_lse).exp().sum((0, 2)).double()
+            self.tally.queries += q.shape[0] * n_queries
+        else:
             out = attend(q, k, v, pattern, scale=scale)
-            self._count(pattern, q)  # after the computation, which counts what it makes piece by piece
-            return out
-        out, lse = attend(q, k, v, pattern, scale=scale, return_lse=True)
-        self._count(pattern, q)
-        bound = window is not None and window < n_keys
-        full = pattern if bound else WindowPattern.dense(n_queries, n_keys)
-        _, dense_lse = attend(q, k, v, full, scale=scale, return_lse=True)
-        # The softmax denominators tell the kept mass: no second pass over the pairs.
-        self.tally.recall = self.tally.recall + (lse - dense_lse).exp().sum((0, 2)).double()
-        self.tally.queries += q.shape[0] * n_queries
+        if not torch.compiler.is_compiling():
+            self._count(pattern, q)  # last: a pattern made in pieces is counted while it is computed
         return out
 
     def _clock(self, x: Tensor) -> float:
@@ -266,8 +267,6 @@ class AttentionRuntime:
     # ------------------------------------------------------------ counts
 
     def _count(self, pattern: Pattern, q: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            return
         batch, heads = q.shape[:2]
         pairs = pattern.pairs().double()
         per_head = pairs.expand(batch, heads).sum(0)

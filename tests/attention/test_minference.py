@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import sparseland as sl
 from sparseland import patterns
 from sparseland.attention import _minference_search
 from sparseland.attention._minference_index import LayerIndex, Sizes
@@ -549,6 +550,18 @@ def test_a_missing_file_and_a_foreign_model_are_refused(inputs, tmp_path):
         small().pattern(inputs(400, layer=5), as_calibration(*MIXED))
     with pytest.raises(SparselandError, match="can't write the patterns"):
         save_patterns(tmp_path / "no" / "folder.json", [[MIXED[0]]])
+
+
+@pytest.mark.parametrize("slug", ["minference", "mminference"])
+def test_apply_refuses_a_foreign_calibration_before_anything_is_changed(slug):
+    heads = [[{"shape": "a-shape", "vertical": 4, "slash": 10}] * 3] * 2
+    if slug == "mminference":
+        heads = [[{"boundary": "none", "all": head} for head in row] for row in heads]
+    model = tiny_model("llama")
+    known = {slug: Calibration({"heads": heads})}
+    with pytest.raises(SparselandError, match="layer 0 has 3 heads in the p"):
+        sl.apply(model, f"{slug}:vertical=10,slash=20", calibrations=known)
+    sl.apply(model, "flexprefill").remove()  # it can still be changed
 
 
 def test_an_edited_file_is_read_again(inputs, tmp_path):

@@ -179,6 +179,21 @@ def test_padding_scores_lowest(backend: str) -> None:
     assert torch.equal(got[1, :, 11:], plain[1, :, 11:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("combine", ["mean", "max"])
+def test_scores_of_heads_that_share_labels_combined(combine: str, backend: str, dtype: torch.dtype) -> None:
+    q, k, channels = inputs(CASES["a label per key head"])
+    q, k = q.to(dtype), k.to(dtype)
+    k[1, 1, 30] = torch.nan
+    held = filled(k, channels, 4, "reference")
+    first = torch.tensor([0, 11], device=DEVICE)
+    each = label_scores(q, channels, 4, *held, first_key=first, backend="reference").unflatten(1, (2, 3))
+    want = each.mean(2) if combine == "mean" else each.amax(2)
+    got = label_scores(q, channels, 4, *held, first_key=first, combine=combine, backend=backend)
+    torch.testing.assert_close(got, want, atol=3e-5, rtol=1e-4, equal_nan=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_constant_rows_are_exact(backend: str) -> None:
     k = torch.tensor([2.5, 0.0, -3.0])[None, None, :, None].expand(1, 1, 3, 8).to(DEVICE)
@@ -228,7 +243,7 @@ def test_opcheck() -> None:
     for bits in (4, 16):
         rows, ranges = filled(k, channels, bits, "reference")
         torch.library.opcheck(_write_labels, (k, channels, bits, rows, ranges, 0))
-        torch.library.opcheck(_label_scores, (q, channels, bits, rows, ranges, None))
+        torch.library.opcheck(_label_scores, (q, channels, bits, rows, ranges, None, None))
 
 
 def test_mistakes_are_named() -> None:
@@ -244,5 +259,7 @@ def test_mistakes_are_named() -> None:
         label_scores(q, channels, 4, rows.float(), ranges)
     with pytest.raises(SparselandError, match="H a multiple of Hkv"):
         write_labels(k, channels[:3], 4, rows, ranges, 0)
+    with pytest.raises(SparselandError, match="combine='sum' is not allowed"):
+        label_scores(q, channels, 4, rows, ranges, combine="sum")
     with pytest.raises(SparselandError, match="no backend 'fa4'"):
         label_scores(q, channels, 4, rows, ranges, backend="fa4")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparseland.errors import SparselandError
-from sparseland.ops.top_values import covering, top_mask
+from sparseland.ops.top_values import covering, listing, top_indices, top_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = ["triton", "torch"] if DEVICE == "cuda" else ["cpu", "triton", "torch"]
@@ -45,6 +45,43 @@ def test_forced_places_come_first_and_in_order(backend: str) -> None:
     for count, expected in ((1, [0]), (2, [0, 1]), (3, [0, 1, 4]), (4, [0, 1, 2, 4])):
         mask = top_mask(x, torch.tensor([count], device=DEVICE), 2, backend=backend)
         assert mask[0].nonzero().flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("n", [1, 7, 300, 8300])
+def test_top_indices(n: int, backend: str) -> None:
+    x = rows(n)
+    for most in {0, 1, n // 3, n}:
+        got = top_indices(x, most, backend=backend)
+        assert got.dtype == torch.int32
+        assert torch.equal(got, top_indices(x, most, backend="reference"))
+    count = torch.tensor([[0, 1, n // 2], [n, n - 1, min(n, 7)]], device=DEVICE)
+    for most in (n, max(1, n // 2)):
+        got = top_indices(x, most, count, backend=backend)
+        assert torch.equal(got, top_indices(x, most, count, backend="reference"))
+        assert torch.equal((got >= 0).sum(-1), count.clamp(max=most))
+
+
+@pytest.mark.parametrize("with_count", [False, True])
+@pytest.mark.parametrize("most", [1, 40, 1000, 2999, 3000])
+def test_long_rows_listed_by_several_programs(most: int, with_count: bool) -> None:
+    """Rows of 3000 are short: programs share them when told so."""
+    x = rows(3000)
+    x[0, 0, :1500].clamp_(max=-1)  # the sample is fair, the slices are not
+    x[1, 0] = torch.arange(3000) % 2  # equal values where the list ends
+    count = torch.tensor([[0, 5, 999], [1000, 2000, 3000]], device=DEVICE) if with_count else None
+    got = listing.top_indices(x, most, None if count is None else count.clamp(max=most), short=64)
+    assert torch.equal(got, top_indices(x, most, count, backend="reference"))
+
+
+def test_a_misleading_sample_only_costs_time() -> None:
+    x = torch.rand(1, 8192, generator=torch.Generator().manual_seed(4))
+    x[:, ::2] += 5  # a sample of 4096 takes every other value
+    x = x.to(DEVICE)
+    for most in (1000, 5000):
+        assert torch.equal(
+            listing.top_indices(x, most, None, short=64), top_indices(x, most, backend="torch")
+        )
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -108,6 +145,8 @@ def test_opcheck() -> None:
     x = torch.rand(2, 3, 40, device=DEVICE)
     count = torch.full((2, 3), 4, device=DEVICE)
     torch.library.opcheck(torch.ops.sparseland.top_mask.default, (x, count, 1))
+    for backend in FAST:
+        torch.library.opcheck(torch.ops.sparseland.top_indices.default, (x, 7, count, backend))
     torch.library.opcheck(torch.ops.sparseland.covering.default, (x, 3.0, count > 0))
 
 
@@ -117,5 +156,7 @@ def test_clear_errors() -> None:
         covering(x.double(), 1.0)
     with pytest.raises(SparselandError, match="forced=-1"):
         top_mask(x, torch.tensor(1, device=DEVICE), -1)
+    with pytest.raises(SparselandError, match="most=5; a row of 4"):
+        top_indices(x, 5)
     with pytest.raises(SparselandError, match="no backend 'fa4'"):
         covering(x, 1.0, backend="fa4")

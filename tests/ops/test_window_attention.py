@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseland.errors import SparselandError
-from sparseland.ops.window_attention import window_attention
+from sparseland.ops.window_attention import backward, sdpa, window_attention
 from sparseland.patterns import WindowPattern
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,6 +163,32 @@ def test_gradients(case: tuple[int, ...], backend: str) -> None:
         gradients.append((q.grad, k.grad, v.grad))
     for name, got, want in zip("qkv", *gradients, strict=True):
         assert_close(f"d_{name}", got, want, torch.float32)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_gradients_row_by_row(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches whose scores would need too much memory together."""
+    results = []
+    for limit in (1 << 28, 1):
+        monkeypatch.setattr(backward, "_SCORES", limit)
+        q, k, v = (x.detach().requires_grad_() for x in inputs((3, 4, 2, 70, 80, 16, 2, 30)))
+        out = window_attention(q, k, v, sinks=2, window=30, backend=backend)
+        results.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("limited", ["elements", "heads"])
+@pytest.mark.parametrize("shape", [(5, 4, 2, 30, 30), (1, 6, 3, 30, 30), (2, 6, 3, 30, 30)])
+def test_dense_attention_of_what_kernels_can_not_count(shape: tuple[int, ...], limited: str) -> None:
+    """Cut by the batch, or by key heads: here as if the limit were one key head with its query heads."""
+    q, k, v = inputs((*shape, 16, 0, 0))
+    group = shape[1] // shape[2]
+    limits = {"most": q[:1, :group].numel()} if limited == "elements" else {"most_heads": group}
+    out, lse = sdpa.window_attention(q, k, v, 0, 30, 0.25, **limits)
+    assert lse is None
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)
+    assert_close("out", out, want, torch.float32)
 
 
 def test_dense_default_is_differentiable() -> None:

@@ -94,7 +94,8 @@ def train_gates(
     Raises:
         SparselandError: no text, too short a text, or a loss that is not a number.
     """
-    from sparseland.handle import layer_shapes, learner_tensors
+    from sparseland.handle import learner_tensors
+    from sparseland.models.probe import probe
 
     steps = method.steps if steps is None else steps
     lr = method.lr if lr is None else lr
@@ -107,7 +108,7 @@ def train_gates(
         )
     device = next(model.parameters()).device
     gates: dict[int, nn.Module] = {}
-    for i, shape in layer_shapes(model).items():
+    for i, shape in probe(model).items():
         gate = method.new_learner(shape)
         assert gate is not None
         gates[i] = gate.to(device)

@@ -15,7 +15,7 @@ Per query head, with N keys (section 3.2)::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -27,7 +27,7 @@ from sparseland.attention._minference_heads import HeadShape, load_patterns, rea
 from sparseland.attention._minference_index import LayerIndex, Sizes
 from sparseland.attention._minference_search import search
 from sparseland.errors import SparselandError
-from sparseland.method import AttentionInputs, Calibration, Card, PrefillMethod, param
+from sparseland.method import AttentionInputs, Calibration, Card, LayerShape, PrefillMethod, param
 from sparseland.patterns import Pattern, WindowPattern
 
 # The paper's budget, for heads without a pattern of their own.
@@ -135,30 +135,36 @@ class MInference(PrefillMethod):
         heads = [[head.as_dict() for head in row] for row in search(model, ids, self.cost)]
         return Calibration({"length": ids.shape[-1], "cost": self.cost, "heads": heads})
 
+    def check_calibration(self, calibration: Calibration, shapes: Mapping[int, LayerShape]) -> None:
+        """A shape for every layer and head."""
+        for layer, shape in shapes.items():
+            self._heads(layer, shape.heads, calibration)
+
     @torch.no_grad()
     def pattern(self, x: AttentionInputs, calibration: Calibration | None = None) -> Pattern:
         n_queries, n_keys = x.q.shape[2], x.k.shape[2]
         if not self.patterns and max(self.vertical, self.slash) >= n_keys:
             return WindowPattern.dense(n_queries, n_keys)
-        return LayerIndex(x).pattern(Sizes.of(self._heads(x, calibration), n_keys, x.q.device))
+        return LayerIndex(x).pattern(
+            Sizes.of(self._heads(x.layer, x.q.shape[1], calibration), n_keys, x.q.device)
+        )
 
-    def _heads(self, x: AttentionInputs, calibration: Calibration | None) -> Sequence[HeadShape]:
+    def _heads(self, layer: int, n_heads: int, calibration: Calibration | None) -> Sequence[HeadShape]:
         """The shapes of this layer's heads: from the file, from the calibration, or all vertical-slash."""
-        n_heads = x.q.shape[1]
         if self.patterns:
             table = load_patterns(self.patterns)
-            row: Sequence[HeadShape] = table[x.layer] if x.layer < len(table) else ()
+            row: Sequence[HeadShape] = table[layer] if layer < len(table) else ()
             source = self.patterns
         elif calibration is None or "heads" not in calibration.meta:
             return [HeadShape("vertical-slash", self.vertical, self.slash)] * n_heads
         else:
             source, heads = "minference: the calibration", calibration.meta["heads"]
-            if not isinstance(heads, list) or x.layer >= len(heads):
-                raise SparselandError(f"{source} has no layer {x.layer}")
+            if not isinstance(heads, list) or layer >= len(heads):
+                raise SparselandError(f"{source} has no layer {layer}")
             factor = (self.vertical + self.slash) / (DEFAULT_VERTICAL + DEFAULT_SLASH)
-            row = [head.scaled(factor) for head in read_heads([heads[x.layer]], source)[0]]
+            row = [head.scaled(factor) for head in read_heads([heads[layer]], source)[0]]
         if len(row) != n_heads:
             raise SparselandError(
-                f"{source}: layer {x.layer} has {len(row)} heads in the patterns and {n_heads} in the model"
+                f"{source}: layer {layer} has {len(row)} heads in the patterns and {n_heads} in the model"
             )
         return row

@@ -16,7 +16,7 @@ Where the lines, columns and diagonals lie is found per prompt from the last 64 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -38,7 +38,7 @@ from sparseland.attention._mminference_heads import (
 from sparseland.attention._mminference_index import MixedIndex
 from sparseland.attention._mminference_layout import Layout, layout_of
 from sparseland.errors import SparselandError
-from sparseland.method import AttentionInputs, Calibration, Card, PrefillMethod, param
+from sparseland.method import AttentionInputs, Calibration, Card, LayerShape, PrefillMethod, param
 from sparseland.ops.permuted_attention import on_device
 from sparseland.patterns import Part, PartsPattern, Pattern, WindowPattern
 
@@ -147,6 +147,11 @@ class MMInference(PrefillMethod):
         heads = search(model, {"input_ids": ids})
         return Calibration({"length": ids.shape[-1], "heads": [[h.as_dict() for h in row] for row in heads]})
 
+    def check_calibration(self, calibration: Calibration, shapes: Mapping[int, LayerShape]) -> None:
+        """A plan for every layer and head."""
+        for layer, shape in shapes.items():
+            self._heads(layer, shape.heads, calibration)
+
     @torch.no_grad()
     def pattern(self, x: AttentionInputs, calibration: Calibration | None = None) -> Pattern:
         n_queries, n_keys = x.q.shape[2], x.k.shape[2]
@@ -156,27 +161,26 @@ class MMInference(PrefillMethod):
         if layout is not None and layout.n != n_keys:
             raise SparselandError(f"mminference: {layout.n} tokens are marked, but there are {n_keys}")
         shape = Shape("vertical-slash", self.vertical, self.slash)
-        return plan_pattern(x, layout, self._heads(x, calibration), without_grid=shape)
+        return plan_pattern(x, layout, self._heads(x.layer, x.q.shape[1], calibration), without_grid=shape)
 
-    def _heads(self, x: AttentionInputs, calibration: Calibration | None) -> Sequence[HeadPlan]:
+    def _heads(self, layer: int, n_heads: int, calibration: Calibration | None) -> Sequence[HeadPlan]:
         """The plans of this layer's heads: from the file, from the calibration, or split by query."""
-        n_heads = x.q.shape[1]
         if self.patterns:
             table = load_patterns(self.patterns)
-            row: Sequence[HeadPlan] = table[x.layer] if x.layer < len(table) else ()
+            row: Sequence[HeadPlan] = table[layer] if layer < len(table) else ()
             source = self.patterns
         elif calibration is None or "heads" not in calibration.meta:
             shape = Shape("vertical-slash", self.vertical, self.slash)
             return [HeadPlan.by_query(shape, shape)] * n_heads
         else:
             source, heads = "mminference: the calibration", calibration.meta["heads"]
-            if not isinstance(heads, list) or x.layer >= len(heads):
-                raise SparselandError(f"{source} has no layer {x.layer}")
+            if not isinstance(heads, list) or layer >= len(heads):
+                raise SparselandError(f"{source} has no layer {layer}")
             factor = (self.vertical + self.slash) / (DEFAULT_VERTICAL + DEFAULT_SLASH)
-            row = [head.scaled(factor) for head in read_heads([heads[x.layer]], source)[0]]
+            row = [head.scaled(factor) for head in read_heads([heads[layer]], source)[0]]
         if len(row) != n_heads:
             raise SparselandError(
-                f"{source}: layer {x.layer} has {len(row)} heads in the plans and {n_heads} in the model"
+                f"{source}: layer {layer} has {len(row)} heads in the plans and {n_heads} in the model"
             )
         return row
 

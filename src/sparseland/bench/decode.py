@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from sparseland.bench.inputs import DTYPES, captured, cast, labels
@@ -14,8 +13,7 @@ from sparseland.bench.rivals import dense_step
 from sparseland.bench.timing import Benchmark, Case
 from sparseland.method import AttentionInputs
 from sparseland.ops.bitmap_cache import bitmap_decode, compress
-from sparseland.ops.channel_labels import label_scores, write_labels
-from sparseland.ops.channel_labels.layout import row_width
+from sparseland.ops.channel_labels import label_scores, new_labels, write_labels
 from sparseland.ops.gather_decode import gather_decode
 
 
@@ -49,19 +47,15 @@ def _bitmap(x: AttentionInputs, share: float) -> Case:
 
 def _labels(x: AttentionInputs, share: float) -> Case:
     """Guessed products with all keys, against the true ones."""
-    bits, heads, (batch, _, length, dim) = 4, x.k.shape[1], x.k.shape
-    count = max(1, round(dim * share))
+    bits, count = 4, max(1, round(x.k.shape[3] * share))
     channels = x.k.abs().mean((0, 2)).topk(count).indices
-    rows = torch.empty(
-        batch, heads, length, row_width(count, bits), dtype=torch.uint8, device=x.k.device
-    )  # fmt: skip
-    ranges = torch.empty(batch, heads, length, 2, dtype=torch.float16, device=x.k.device)
+    rows, ranges = new_labels(x.k, channels, bits, x.k.shape[2])
     write_labels(x.k, channels, bits, rows, ranges, 0)
     return Case(
         {**labels(x), "channels": count, "bits": bits},
         partial(label_scores, x.q, channels, bits, rows, ranges),
         {"products": partial(_products, x.q, x.k)},
-        (rows.nbytes + ranges.nbytes) / x.k.nbytes,
+        sum(t.nbytes for t in (rows, ranges) if t is not None) / x.k.nbytes,
     )
 
 

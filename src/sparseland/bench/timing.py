@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from sparseland.bench.inputs import device
 from sparseland.errors import SparselandError
+from sparseland.measure import timed
 
 ROUNDS = 15
 FEWEST_ROUNDS = 3
@@ -89,22 +91,13 @@ def measure(case: Case) -> dict[str, Any]:
 def interleaved(works: dict[str, Work]) -> dict[str, float]:
     """Median seconds of each piece of work (warm already), run in turn."""
     times: dict[str, list[float]] = {name: [] for name in works}
-    begun = time.perf_counter()
+    where, begun = torch.device(device()), time.perf_counter()
     for done in range(ROUNDS):
         if done >= FEWEST_ROUNDS and time.perf_counter() - begun > SECONDS:
             break
         for name, work in works.items():
-            _wait()
-            start = time.perf_counter()
-            work()
-            _wait()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(timed(work, where)[0])
     return {name: sorted(t)[len(t) // 2] for name, t in times.items()}
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _reason(problem: Exception) -> str:

@@ -31,9 +31,9 @@ from sparseland.method import (
     SelectMethod,
     SelectState,
     param,
-    with_room,
 )
-from sparseland.ops.channel_labels import label_scores, row_width, write_labels
+from sparseland.ops.channel_labels import label_scores, new_labels, write_labels
+from sparseland.ops.top_values import top_indices
 
 # The authors cut their calibration text into blocks of this many tokens.
 CALIBRATION_BLOCK = 512
@@ -205,18 +205,14 @@ class DoubleSparsity(SelectMethod):
             columns = max(columns, min(length, self.min_length - 1))
         if columns >= length:
             return None
-        scores = state.scores(x.q, first_key)  # (B, Hq, N)
-        if self.group != "head":
-            scores = torch.unflatten(scores, 1, (x.k.shape[1], x.group))
-            scores = scores.mean(2) if self.group == "mean" else scores.amax(2)
+        scores = state.scores(x.q, first_key, None if self.group == "head" else self.group)
         if first_key is None:
-            return scores.topk(columns, dim=-1, sorted=False).indices
-        # Each row reads what its own length entitles it to: sorted, so that the rest can be cut off.
-        index = scores.topk(columns, dim=-1).indices
+            return top_indices(scores, columns)
+        # Each row reads what its own length entitles it to.
         valid = length - first_key
         share = (valid.double() * self.budget - 1e-6).ceil().long().clamp(min=self.min_tokens)
         wanted = torch.where(valid < self.min_length, valid, torch.minimum(share, valid))
-        return index.masked_fill(torch.arange(columns, device=index.device) >= wanted[:, None, None], -1)
+        return top_indices(scores, columns, wanted[:, None])
 
     def _wanted(self, length: int) -> int:
         """Tokens to read of a cache of ``length``."""
@@ -246,23 +242,32 @@ class LabelState(SelectState):
         if self.channels is None:
             return
         self.channels = self.channels.to(new.device)  # once: a later step finds it there
-        shape = (new.shape[0], self.channels.shape[0], new.shape[2])
-        width = row_width(self.channels.shape[1], self.bits)
-        kind = new if self.bits == 16 else new.new_empty(0, dtype=torch.uint8)
-        self._buffer = with_room(self._buffer, self._length, (*shape, width), kind)
-        if self.bits < 16:
-            half = new.new_empty(0, dtype=torch.float16)
-            self._ranges = with_room(self._ranges, self._length, (*shape, 2), half)
+        need = self._length + new.shape[2]
+        if self._buffer is None or need > self._buffer.shape[2]:
+            old = self._buffer, self._ranges
+            made = new_labels(new, self.channels, self.bits, max(need, 2 * self._length))
+            for kept, grown in zip(old, made, strict=True):
+                if kept is not None and grown is not None:
+                    grown[:, :, : self._length] = kept[:, :, : self._length]
+            self._buffer, self._ranges = made
         write_labels(new, self.channels, self.bits, self._buffer, self._ranges, self._length)
-        self._length += new.shape[2]
+        self._length = need
 
     def scores(
-        self, q: Float[Tensor, "B Hq 1 D"], first_key: Int[Tensor, " B"] | None = None
-    ) -> Float[Tensor, "B Hq N"]:
-        """Estimated logits (up to a positive factor per head) of one query over all cached tokens."""
+        self,
+        q: Float[Tensor, "B Hq 1 D"],
+        first_key: Int[Tensor, " B"] | None = None,
+        combine: str | None = None,
+    ) -> Float[Tensor, "B H N"]:
+        """Estimated logits (up to a positive factor per head) of one query over all cached tokens.
+
+        Per query head, or per key head by the mean or max of its query heads.
+        """
         assert self.channels is not None
         ranges = None if self._ranges is None else self._ranges[:, :, : self._length]
-        return label_scores(q, self.channels, self.bits, self.rows, ranges, first_key=first_key)
+        return label_scores(
+            q, self.channels, self.bits, self.rows, ranges, first_key=first_key, combine=combine
+        )
 
     def reorder(self, index: Int[Tensor, " B"]) -> None:
         super().reorder(index)

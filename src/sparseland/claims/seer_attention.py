@@ -18,9 +18,9 @@ from sparseland.attention.oracle import block_mass
 from sparseland.attention.seer_attention import SeerAttention, blocks_per_row, train_gates
 from sparseland.claims._prefill import Window, attention_times
 from sparseland.claims._training import text_data
-from sparseland.handle import layer_shapes
 from sparseland.method import AttentionInputs, Calibration, Card, LayerShape, PrefillMethod, param
 from sparseland.models import load_embedded, load_model
+from sparseland.models.probe import probe
 from sparseland.ops.block_gate import select_blocks
 from sparseland.ops.block_scores import mean_pool
 from sparseland.patterns import BlockPattern, cdiv
@@ -291,7 +291,7 @@ def _times(
     method: SeerAttention, learnt: Calibration, window: Window, seed: int, device: str
 ) -> list[dict[str, Any]]:
     """The attention's time with these gates, at 98304 tokens on a GPU."""
-    shapes: dict[int, LayerShape] = layer_shapes(window.model)
+    shapes: dict[int, LayerShape] = probe(window.model)
     known = _prefill_part(learnt)
     gates = {}
     for i, shape in shapes.items():

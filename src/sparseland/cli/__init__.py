@@ -155,6 +155,14 @@ def find_frontier(
     out: Annotated[Path, typer.Option(help="Folder for recipe.json, report.html, results.jsonl.")] = Path(
         "frontier"
     ),
+    minutes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="Leave out what is not measured after so many; 0 = no limit (default: 11, and no limit "
+            "where a model, methods or lengths are given).",
+        ),
+    ] = None,
     rope_scale: RopeScale = None,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -164,13 +172,15 @@ def find_frontier(
     """Find the fastest sparse configuration within the allowed loss.
 
     Measures methods and budgets against dense on this machine, and writes a recipe, a report and all
-    results. The same command again continues an interrupted run.
+    results. The same command again continues an interrupted run, and with more --minutes one whose time was
+    over.
     """
     from sparseland.cli.frontier import run_frontier
 
     options = {
         "model": model, "text": text, "tolerance": real("--tolerance", tolerance), "out": out,
         "rope_scale": None if rope_scale is None else real("--rope-scale", rope_scale),
+        "minutes": None if minutes is None else real("--minutes", minutes),
         "dtype": dtype, "device": device, "seed": whole("--seed", seed), "command": _command(context),
     }  # fmt: skip
     run_frontier(options, methods, lengths, as_json)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from sparseland.cli import Interrupted
 from sparseland.cli.output import PLAIN_WIDTH, console, emit, print_json
+from sparseland.cli.progress import progress
 from sparseland.errors import SparselandError
 from sparseland.method import parse_spec, split_specs
 from sparseland.report.results import Results, read_results
@@ -47,7 +46,7 @@ def run_frontier(options: dict[str, Any], methods: str, lengths: str, as_json: b
 
     request = frontier.FrontierOptions(**options, methods=specs, lengths=parsed)
     try:
-        with contextlib.redirect_stdout(sys.stderr), _progress() as update:
+        with contextlib.redirect_stdout(sys.stderr), progress() as update:
             result = frontier.run(request, update)
     except KeyboardInterrupt as stop:
         raise Interrupted(_stopped(out)) from stop
@@ -86,33 +85,6 @@ def check_folder(out: Path) -> None:
         raise SparselandError(f"--out {out}: {place} is a file, not a folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise SparselandError(f"--out {out}: no permission to write in {place}")
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar with the time left on a terminal, a line per step elsewhere; always on stderr."""
-    screen = console(stderr=True)
-    if not screen.is_terminal:
-        told: list[str] = []
-
-        def line(message: str, done: float) -> None:
-            told.append(f"{100 * done:3.0f} %  {message}")
-            # The first line waits for the second: a model that can't be loaded is one line of error.
-            if len(told) > 1:
-                screen.print("\n".join(told if len(told) == 2 else told[-1:]), soft_wrap=True)
-
-        yield line
-        return
-    columns = (
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-    )
-    # Steps take seconds to minutes, so the speed is judged over minutes.
-    with Progress(*columns, console=screen, transient=True, speed_estimate_period=300) as bar:
-        task = bar.add_task("", total=1.0)
-        yield lambda message, done: bar.update(task, completed=done, description=message)
 
 
 def _stopped(out: Path) -> str:

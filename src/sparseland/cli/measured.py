@@ -12,8 +12,8 @@ from typing import Any
 from rich.padding import Padding
 from rich.text import Text
 
-from sparseland.cli.frontier import _progress
 from sparseland.cli.output import cell, emit, print_claim, print_json, rows_table
+from sparseland.cli.progress import progress
 from sparseland.errors import SparselandError
 from sparseland.method import method_class
 
@@ -36,7 +36,7 @@ def run_bench(
     from sparseland.machine import circumstances
 
     # What a library prints meanwhile must not get between the lines of JSON.
-    with contextlib.redirect_stdout(sys.stderr), _progress() as update:
+    with contextlib.redirect_stdout(sys.stderr), progress() as update:
         rows = bench.run(op, length=length, density=density, progress=update)
     if as_json:
         print_json({**circumstances(command or f"sparseland bench {op} --json"), "rows": rows})

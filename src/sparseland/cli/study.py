@@ -12,8 +12,9 @@ from typing import Any
 from rich.text import Text
 
 from sparseland.cli import Interrupted
-from sparseland.cli.frontier import _progress, check_folder, parse_lengths
+from sparseland.cli.frontier import check_folder, parse_lengths
 from sparseland.cli.output import emit, finite, print_json, rows_table
+from sparseland.cli.progress import progress
 from sparseland.errors import SparselandError
 
 STUDIES = ("sparse-frontier",)
@@ -68,7 +69,7 @@ def run_study(
     check(request)
     check_folder(out)
     try:
-        with contextlib.redirect_stdout(sys.stderr), _progress() as update:
+        with contextlib.redirect_stdout(sys.stderr), progress() as update:
             rows = measure(request, update)
         summary = analysis.summary(rows, score)
         (out / "summary.json").write_text(json.dumps(finite(summary), indent=1, allow_nan=False))

@@ -1,10 +1,10 @@
 """The main job: measure methods and budgets on a model, keep the Pareto front, write the recipe.
 
 Order of work: dense; a short screening of every method's grid at the shortest length; full measurements of
-what it left, at every length; controls at the density of the best prefill method; compositions of the best
-of each role; dense again (to show drift); recall and the time of selection; tasks for dense and the best;
-attention maps. Each measurement is appended to ``results.jsonl`` as it is made, and a rerun with the same
-model, text and settings continues where it stopped.
+what it left, at every length; compositions of the best of each role; dense again (to show drift); attention
+maps; recall and the time of selection; tasks for dense and the best; controls at the density of the best
+prefill method. Each measurement is appended to ``results.jsonl`` as it is made, and a rerun with the same
+model, text and settings continues where it stopped; so it does where a run's minutes were over.
 """
 
 from __future__ import annotations

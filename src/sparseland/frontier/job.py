@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,9 @@ from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.frontier.choosing import Judge, relative_time
-from sparseland.frontier.looking import TASK_SAMPLES, draw_maps, inspect, score_tasks
-from sparseland.frontier.measuring import Measuring, survivable
-from sparseland.frontier.options import FrontierOptions, left_out
+from sparseland.frontier.looking import Task, draw_maps, inspect, score_task
+from sparseland.frontier.measuring import FAILURES, Measuring, survivable
+from sparseland.frontier.options import FrontierOptions, left_out, time_limit
 from sparseland.frontier.runlog import RunLog
 from sparseland.machine import circumstances
 from sparseland.method import Method, Role, method_class, method_slugs, parse_spec
@@ -22,6 +24,8 @@ from sparseland.recipe import Recipe
 from sparseland.report import write_report
 
 SCHEMA = 1
+# Samples of each task at every length: a needle at four depths, and one among others like it.
+TASK_SAMPLES = {"needle": 4, "needle-multi-key": 2}
 TASK_RECIPES = 1  # besides dense
 # Screening: with more candidates than this, each is first tried on one prompt of the shortest length, where
 # least can be left out (and a few decoded tokens, if it acts on them); per role the best of different
@@ -32,6 +36,8 @@ SCREEN_ABOVE = 8
 SLOWEST = 1.25
 SIMILAR = 4
 SURVIVORS: dict[Role, int] = {"prefill": 3, "select": 1, "store": 1, "linear": 1}
+# Shares of a run's minutes after which no more is screened, measured for the choice, or asked of tasks.
+SCREENED_BY, CHOSEN_BY, ASKED_BY = 0.35, 0.7, 0.9
 
 Progress = Callable[[str, float], None]
 
@@ -85,6 +91,8 @@ class Job:
         self.measuring = Measuring(loaded.model, ids, self.lengths, log, self._tick)
         self.judge = Judge(log, self.lengths, options.tolerance)
         self._say, self._done, self._total = say, 0.0, 1.0
+        self._started, self._minutes = time.monotonic(), time_limit(options)
+        self._late: list[str] = []
 
     def run(self, candidates: Sequence[Method]) -> FrontierResult:
         """All steps in order."""
@@ -97,11 +105,14 @@ class Job:
         self.log.add(self._run_row())
         self._measure_dense()
         settings = self._screen(candidates) if screened else [[method] for method in candidates]
-        survivors = [method for some in settings for method in self._measure_survivor(some)]
-        for control in self._controls(survivors):
-            measuring.measure_all([control], "control")
+        # The likeliest first, and one of them whatever the time: without any there is nothing to choose.
+        survivors: list[Method] = []
+        for some in settings:
+            if not survivors or self._in_time(CHOSEN_BY, f"{some[0].spec} in full"):
+                survivors += self._measure_survivor(some)
         for composition in self.judge.compositions(survivors):
-            measuring.measure_all(composition, "composition")
+            if self._in_time(CHOSEN_BY, " + ".join(m.spec for m in composition)):
+                measuring.measure_all(composition, "composition")
         for n in self.lengths:
             measuring.time_dense_again(n)
         choice = self.judge.choose()
@@ -109,12 +120,17 @@ class Job:
         self.log.add(choice)
         recipes = [[], *self.judge.finalists()[:TASK_RECIPES]]
         chosen = [parse_spec(s) for s in choice["recipe"]]
-        # The choice stands; a look that does not fit into memory is left out.
-        self._look("recall", lambda: inspect(measuring, survivors))
-        self._look(
-            "tasks", lambda: score_tasks(measuring, self.loaded, self.text, recipes, self.options.seed)
-        )
+        # The choice stands; a look that does not fit into memory or time is left out.
         self._look("maps", lambda: draw_maps(measuring, chosen, survivors))
+        if self._in_time(ASKED_BY, "recall"):
+            self._look("recall", lambda: inspect(measuring, survivors))
+        self._look("tasks", lambda: self._ask(recipes))
+        for control in self._controls(survivors):
+            if self._in_time(1.0, control.spec):
+                measuring.measure_all([control], "control")
+        if self._late:
+            reason = f"the run's {self._minutes:g} minutes were over"
+            self.log.add({"kind": "left_out", "what": "; ".join(self._late), "reason": reason, "late": True})
         self.log.close()
         self._say("writing the report", 1.0)
         write_report(self.log.path, self.options.out / "report.html")
@@ -132,22 +148,33 @@ class Job:
             try:
                 self.measuring.measure_dense(n)
             except (MemoryError, RuntimeError) as error:
-                if (reason := survivable(error)) is None:
-                    raise
+                reason = survivable(error)
                 self.lengths.remove(n)
                 self.log.add({"kind": "left_out", "length": n, "reason": reason})
                 if not self.lengths:
                     raise SparselandError(f"the dense model can't read {n} tokens here: {reason}") from error
         self.measuring.measure_all([method_class("dense").full_budget(self.lengths[-1])], "control")
 
+    def _in_time(self, share: float, what: str) -> bool:
+        """Whether less than this share of the run's minutes has passed; what comes too late is noted."""
+        if time.monotonic() - self._started < 60 * self._minutes * share:
+            return True
+        self._late.append(what)
+        return False
+
+    def _ask(self, recipes: Sequence[Sequence[str]]) -> None:
+        """Each task at every length, the shortest prompts first."""
+        for length, (name, count) in itertools.product(self.lengths, TASK_SAMPLES.items()):
+            if self._in_time(ASKED_BY, f"{name} at {length} tokens"):
+                task = Task(name, length, count, self.options.seed)
+                score_task(self.measuring, self.loaded, self.text, recipes, task)
+
     def _look(self, what: str, look: Callable[[], None]) -> None:
         """A look at what was chosen; memory that does not suffice becomes a row."""
         try:
             look()
-        except (SparselandError, MemoryError, RuntimeError) as error:
-            if (reason := survivable(error)) is None:
-                raise
-            self.log.add({"kind": "left_out", "what": what, "reason": reason})
+        except FAILURES as error:
+            self.log.add({"kind": "left_out", "what": what, "reason": survivable(error)})
 
     def _screen(self, candidates: Sequence[Method]) -> list[list[Method]]:
         """Try every candidate shortly at the shortest length; per role the best methods go on.
@@ -162,6 +189,8 @@ class Job:
         similar = self.lengths[-1] <= SIMILAR * length
         found: dict[Role, dict[str, list[Screened]]] = {role: {} for role in SURVIVORS}
         for method in candidates:
+            if not self._in_time(SCREENED_BY, f"screening {method.spec}"):
+                continue
             self._tick(f"screening {method.spec}", length)
             self.measuring.measure_one([method], "method", length, stage="screen")
             rows = self.measuring.rows(recipe=[method.spec], length=length, stage="screen", status="ok")

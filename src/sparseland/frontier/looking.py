@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -12,8 +12,6 @@ from sparseland.method import Method, parse_spec
 from sparseland.models import LoadedModel
 from sparseland.tasks import TASKS, score_sample
 
-# Samples of each task at every length: a needle at four depths, and one among others like it.
-TASK_SAMPLES = {"needle": 4, "needle-multi-key": 2}
 MAP_BINS = 64
 LONGEST_MAP = 8192
 # Pictures of where methods spend their pairs: so many methods, besides the chosen recipe's.
@@ -45,24 +43,34 @@ def inspect(measuring: Measuring, survivors: Sequence[Method]) -> None:
         )  # fmt: skip
 
 
-def score_tasks(
-    measuring: Measuring, loaded: LoadedModel, text: str, recipes: Sequence[Sequence[str]], seed: int
+@dataclass(frozen=True)
+class Task:
+    """What is asked: a task's name, the prompt's tokens, how many samples, and their seed."""
+
+    name: str
+    length: int
+    count: int
+    seed: int
+
+
+def score_task(
+    measuring: Measuring, loaded: LoadedModel, text: str, recipes: Sequence[Sequence[str]], task: Task
 ) -> None:
-    """Needles and what is harder, for dense and these recipes, at every length."""
-    for (name, count), length in itertools.product(TASK_SAMPLES.items(), measuring.lengths):
-        samples = TASKS[name](loaded.tokenizer, text, length, count, seed)
-        for specs in map(list, recipes):
-            measuring.tick(f"{name}: {' + '.join(specs) or 'dense'}, {length} tokens", len(samples) * length)
-            if len(measuring.log.of("task", recipe=specs, task=name, length=length)) >= len(samples):
-                continue
-            with measuring.applied([parse_spec(s) for s in specs]):
-                for sample in samples:
-                    measuring.log.add(
-                        {
-                            "kind": "task", "recipe": specs, "task": name, "length": length,
-                            "depth": sample.depth, "correct": score_sample(measuring.model, sample),
-                        }
-                    )  # fmt: skip
+    """One task, for dense and these recipes."""
+    samples = TASKS[task.name](loaded.tokenizer, text, task.length, task.count, task.seed)
+    for specs in map(list, recipes):
+        work = len(samples) * task.length
+        measuring.tick(f"{task.name}: {' + '.join(specs) or 'dense'}, {task.length} tokens", work)
+        if len(measuring.log.of("task", recipe=specs, task=task.name, length=task.length)) >= len(samples):
+            continue
+        with measuring.applied([parse_spec(s) for s in specs]):
+            for sample in samples:
+                measuring.log.add(
+                    {
+                        "kind": "task", "recipe": specs, "task": task.name, "length": task.length,
+                        "depth": sample.depth, "correct": score_sample(measuring.model, sample),
+                    }
+                )  # fmt: skip
 
 
 def draw_maps(measuring: Measuring, chosen: Sequence[Method], survivors: Sequence[Method]) -> None:

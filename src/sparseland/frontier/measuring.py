@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sparseland.errors import SparselandError
+from sparseland.errors import SparselandError, out_of_memory
 from sparseland.frontier.runlog import RunLog
 from sparseland.handle import Handle, apply
 from sparseland.measure import DECODE_TOKENS, TAIL_TOKENS, Window, quality, run_window
@@ -25,14 +24,17 @@ SCREEN_TOKENS = 24
 WARM_TOKENS = 2
 
 
-def survivable(error: BaseException) -> str | None:
-    """In a line, why one configuration can't be measured; None: the run can't go on either."""
+# What :func:`survivable` is asked about.
+FAILURES = (SparselandError, MemoryError, RuntimeError)
+
+
+def survivable(error: BaseException) -> str:
+    """In a line, why one configuration can't be measured; what the run can't survive either is raised."""
     if isinstance(error, SparselandError):
         return str(error).splitlines()[0]
-    text = str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "memory" in text.lower():
-        return f"out of memory: {text}".splitlines()[0]
-    return None
+    if not out_of_memory(error):
+        raise error
+    return f"out of memory: {error}".splitlines()[0]
 
 
 @dataclass
@@ -100,10 +102,8 @@ class Measuring:
             return
         try:
             row = self._measure(methods, role, length, stage)
-        except (SparselandError, MemoryError, RuntimeError) as error:
-            if (reason := survivable(error)) is None:
-                raise
-            row = self._failed(specs, role, length, stage, reason)
+        except FAILURES as error:
+            row = self._failed(specs, role, length, stage, survivable(error))
         self.log.add(row)
 
     def _measure(self, methods: Sequence[Method], role: str, length: int, stage: str) -> dict[str, Any]:
@@ -165,8 +165,7 @@ class Measuring:
             "cache_bytes": run.cache_bytes, "dense_cache_bytes": same.cache_bytes,
             "head_density": heads if heads and all(heads) else None,
             # Whether decoding is dense, on the library's kernels: such rows time the same thing.
-            "dense_decoding": (bool(methods) and not any(m.roles - {"prefill"} for m in methods))
-            or [m.card.slug for m in methods] == ["dense"],
+            "dense_decoding": bool(methods) and not any(m.roles - {"prefill"} for m in methods),
             "windows": 1, "tail_tokens": min(TAIL_TOKENS, length - 1), "decode_tokens": decoded - 1,
         }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from sparseland.method import Method, method_class, method_slugs, parse_spec
 # calibration takes minutes on a CPU, only the last.
 DEFAULT_SETTINGS = 2
 SLOW_SETTINGS = 1
+DEFAULT_LENGTHS = (2048, 4096)
+# Minutes of measuring in the default run.
+DEFAULT_MINUTES = 11.0
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class FrontierOptions:
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         device: torch device; None = CUDA if there is one.
         rope_scale: YaRN factor for lengths beyond the model's own context.
+        minutes: after about so many, what is left to measure is left out, and named; a rerun with more goes
+            on from there. 0: no limit. None: 11 where model, methods and lengths are the defaults, else 0.
         seed: for the tasks.
         command: shown in the report.
     """
@@ -35,12 +41,13 @@ class FrontierOptions:
     model: str | None = None
     text: Path | None = None
     methods: list[str] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=lambda: [2048, 4096])
+    lengths: list[int] = field(default_factory=lambda: [*DEFAULT_LENGTHS])
     tolerance: float = 0.01
     out: Path = Path("frontier")
     dtype: str = "auto"
     device: str | None = None
     rope_scale: float | None = None
+    minutes: float | None = None
     seed: int = 0
     command: str = "sparseland frontier"
 
@@ -48,8 +55,18 @@ class FrontierOptions:
 def check(options: FrontierOptions) -> None:
     if not options.lengths or min(options.lengths) < 128:
         raise SparselandError(f"lengths={options.lengths} is not allowed; each must be at least 128 tokens")
+    if options.minutes is not None and not 0 <= options.minutes < 1e6:
+        raise SparselandError(f"minutes={options.minutes} is not allowed; it must be >= 0 and < 1000000")
     if not 0 <= options.tolerance < 10:
         raise SparselandError(f"tolerance={options.tolerance} is not allowed; it must be >= 0 and < 10")
+
+
+def time_limit(options: FrontierOptions) -> float:
+    """Minutes that measuring may take."""
+    if options.minutes is None:
+        default = not options.model and not options.methods and sorted(options.lengths) == [*DEFAULT_LENGTHS]
+        return DEFAULT_MINUTES if default else math.inf
+    return options.minutes or math.inf
 
 
 def candidates(options: FrontierOptions) -> list[Method]:

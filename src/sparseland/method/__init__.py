@@ -20,7 +20,7 @@ from sparseland.method.registry import (
     split_specs,
 )
 from sparseland.method.roles import LinearMethod, PrefillMethod, SelectMethod, StoreMethod
-from sparseland.method.state import KVStore, SelectState, with_room
+from sparseland.method.state import KVStore, SelectState
 
 __all__ = [
     "METHOD_PACKAGES",
@@ -49,5 +49,4 @@ __all__ = [
     "param",
     "parse_spec",
     "split_specs",
-    "with_room",
 ]

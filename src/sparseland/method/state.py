@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sparseland.errors import SparselandError
@@ -35,9 +34,15 @@ class SelectState:
 
     def push(self, new: Float[torch.Tensor, "B H n C"]) -> None:
         """Append rows."""
-        self._buffer = with_room(self._buffer, self._length, new.shape, new)
-        self._buffer[:, :, self._length : self._length + new.shape[2]] = new
-        self._length += new.shape[2]
+        need = self._length + new.shape[2]
+        if self._buffer is None or need > self._buffer.shape[2]:
+            capacity = max(need, 2 * self._length)
+            grown = new.new_empty(*new.shape[:2], capacity, new.shape[3])
+            if self._buffer is not None:
+                grown[:, :, : self._length] = self.rows
+            self._buffer = grown
+        self._buffer[:, :, self._length : need] = new
+        self._length = need
 
     def reorder(self, index: Int[torch.Tensor, " B"]) -> None:
         """Follow a beam search that keeps rows ``index`` of the batch."""
@@ -51,22 +56,6 @@ class SelectState:
     def nbytes(self) -> int:
         """Bytes held for the rows in use."""
         return 0 if self._buffer is None else self.rows.numel() * self._buffer.element_size()
-
-
-def with_room(
-    buffer: torch.Tensor | None, used: int, shape: Sequence[int], new: torch.Tensor
-) -> torch.Tensor:
-    """The buffer itself if rows of ``shape [B, H, n, C]`` fit behind its first ``used``, else a larger one.
-
-    It is of the type and on the device of ``new``, and of twice the size.
-    """
-    need = used + shape[2]
-    if buffer is not None and need <= buffer.shape[2]:
-        return buffer
-    grown = new.new_empty(*shape[:2], max(need, 2 * used), shape[3])
-    if buffer is not None:
-        grown[:, :, :used] = buffer[:, :, :used]
-    return grown
 
 
 class KVStore:

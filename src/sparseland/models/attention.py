@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseland.errors import SparselandError
+from sparseland.errors import SparselandError, out_of_memory
 from sparseland.models.masks import MaskSpec, build_mask_spec
 from sparseland.models.surgery import decoder_of
 
@@ -131,16 +131,22 @@ def tiny_forward(model: nn.Module, ids: Tensor, **options: Tensor) -> Tensor:
     try:
         output = decoder_of(model)(input_ids=ids, use_cache=False, **options)
         states: Tensor = output.last_hidden_state
-    except (SparselandError, MemoryError, torch.OutOfMemoryError):
+    except SparselandError:
         raise
     except Exception as cause:
-        if "memory" in str(cause).lower():  # what PyTorch raises on a CPU
+        if out_of_memory(cause):
             raise
         reason = " ".join(str(cause).split()) or type(cause).__name__
         raise SparselandError(
             f"{type(model).__name__}: its decoder fails on a tiny input and is not supported: {reason:.200}"
         ) from cause
     return states
+
+
+def relative_distance(a: Tensor, b: Tensor) -> float:
+    """Norm of the difference over the norm of ``b``."""
+    a, b = a.float(), b.float()
+    return float((a - b).norm() / b.norm().clamp(min=1e-9))
 
 
 def tiny_ids(model: nn.Module, length: int = 12) -> Tensor:

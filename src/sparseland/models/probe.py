@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from sparseland.errors import SparselandError
 from sparseland.method import LayerShape
-from sparseland.models.attention import ATTRIBUTE, evaluating, switched, tiny_forward, tiny_ids
+from sparseland.models.attention import (
+    ATTRIBUTE,
+    evaluating,
+    relative_distance,
+    switched,
+    tiny_forward,
+    tiny_ids,
+)
 from sparseland.models.surgery import attention_layers
 from sparseland.runtime import AttentionRuntime
 
@@ -58,21 +65,16 @@ def probe(model: nn.Module) -> dict[int, LayerShape]:
         )
     # Not exactly equal: an expert's other tokens may change how its product is rounded.
     limit = 1e-3 if a.dtype == torch.float32 else 5e-2
-    if not _distance(b[:, :-1], a[:, :-1]) < limit:
+    if not relative_distance(b[:, :-1], a[:, :-1]) < limit:
         raise SparselandError(
             f"{name}: a later token changes earlier outputs; only causal decoders are supported"
         )
-    error = _distance(a, stock)
+    error = relative_distance(a, stock)
     if not error < limit:
         raise SparselandError(
             f"{name}: not plain softmax attention (dense outputs differ by {error:.1e}); not supported"
         )
     return dict(sorted(seen.items()))
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    a, b = a.float(), b.float()
-    return float((a - b).norm() / b.norm().clamp(min=1e-9))
 
 
 def _refuse_chunks(model: nn.Module, layers: dict[int, nn.Module]) -> None:

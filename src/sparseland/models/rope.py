@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparseland.errors import SparselandError
-from sparseland.models.attention import evaluating, switched, tiny_forward, tiny_ids
+from sparseland.models.attention import evaluating, relative_distance, switched, tiny_forward, tiny_ids
 from sparseland.models.masks import MaskSpec
 from sparseland.models.surgery import attention_layers, decoder_of
 from sparseland.ops.attend import attend
@@ -116,7 +116,7 @@ def find_ropes(model: nn.Module) -> dict[int, RotaryRope | NoRope]:
             # A norm behind the rotation gives q and k as well: without positions they are the same elsewhere.
             elsewhere = elsewhere or _look(model, layers, start=_ELSEWHERE)
             pairs = zip(elsewhere[i][:2], seen[i][:2], strict=True)
-            if any(_distance(there, here) > _MOVED for there, here in pairs):
+            if any(relative_distance(there, here) > _MOVED for there, here in pairs):
                 rope = None
         if rope is None:
             raise SparselandError(
@@ -234,10 +234,10 @@ def _fits(rope: RotaryRope | NoRope, q: Tensor, k: Tensor, outputs: list[Tensor]
         if isinstance(rope, RotaryRope) and 2 * _turned(rope, x) > x.shape[3]:
             return False
         before = rope.unrotate(x, positions)
-        if _distance(rope.rotate(before, positions), x) > tolerance:
+        if relative_distance(rope.rotate(before, positions), x) > tolerance:
             return False
         made = (y for out in outputs for y in _readings(out, x, other))
-        if not any(_distance(before, y) <= tolerance for y in made):
+        if not any(relative_distance(before, y) <= tolerance for y in made):
             return False
     return True
 
@@ -265,8 +265,3 @@ def _readings(output: Tensor, x: Tensor, other: Tensor) -> Iterator[Tensor]:
         if flat.shape[1] == 3 * H * D:  # or head by head
             heads = flat.reshape(1, N, H, 3, D).permute(3, 0, 2, 1, 4)
             yield from heads[:2]
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    a, b = a.float(), b.float()
-    return float((a - b).norm() / b.norm().clamp(min=1e-9))

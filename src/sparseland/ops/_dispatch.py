@@ -111,15 +111,31 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+# The second and third side of a CUDA grid, which kernels number the heads of a batch by.
+LONGEST_SIDE = 65535
+
+
 def why_no_triton(tensor: torch.Tensor) -> str | None:
-    """The reason Triton can't run on this tensor's device, or None."""
+    """The reason Triton can't run on this tensor's device, or on so many heads ``[B, H, …]``; or None."""
     if not has_triton():
         return "triton is not installed"
+    if tensor.dim() == 4 and tensor.shape[0] * tensor.shape[1] > LONGEST_SIDE:
+        return (
+            f"a batch of {tensor.shape[0]} with {tensor.shape[1]} heads is more than the {LONGEST_SIDE} that "
+            "a grid numbers: split the batch"
+        )
     if tensor.device.type == "cuda":
         return None
     if interpreting():
         return None
     return f"triton needs a CUDA device, the input is on {tensor.device.type}"
+
+
+def why_not_float(tensor: torch.Tensor) -> str | None:
+    """The reason a kernel for the common floating-point types can't take this tensor, or None."""
+    if tensor.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return None
+    return f"it needs bfloat16, float16 or float32, got {tensor.dtype}"
 
 
 def on_cpu(tensor: torch.Tensor) -> str | None:

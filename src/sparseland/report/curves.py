@@ -11,6 +11,8 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparseland.report import svg
@@ -21,12 +23,6 @@ if TYPE_CHECKING:
 PIXELS = 700
 WIDTH = 7.0  # inches, 504 units: letters of 8.5 units are 12 pixels high
 PANEL, TOP, BOTTOM, LINE = 2.35, 0.34, 0.55, 0.175  # inches: axes, title, axis label, a line of the legend
-# The report's light colours; a picture in a Markdown page can't take them from the page.
-COLOURS = {
-    "ink": "#16191d", "muted": "#5b6470", "grid": "#e3e6ea", "paper": "#ffffff", "chosen": "#16191d",
-    "s0": "#0072b2", "s1": "#c8500a", "s2": "#00845f", "s3": "#a83f86", "s4": "#7d6200", "s5": "#4a49a8",
-    "s6": "#0f7c8c", "s7": "#8a3b3b",
-}  # fmt: skip
 # Dashes and markers tell lines apart without colour; markers are open, so that lines below show through.
 DASHES: tuple[Any, ...] = (
     "-", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 1.5, 1, 1.5)), (0, (9, 3)), (0, (3, 1.2, 1, 1.2, 1, 1.2)),
@@ -198,10 +194,18 @@ def _panel(
 
 def _stand_alone(text: str, height: float) -> str:
     """The element as a file: a name space, a size, real colours on white, short numbers."""
-    text = re.sub(r"var\(--(\w+)\)", lambda m: COLOURS[m[1]], text)
+    colours = _colours()
+    text = re.sub(r"var\(--(\w+)\)", lambda m: colours[m[1]], text)
     text = re.sub(r"'DejaVu Sans',[^;\"]*sans-serif", "'DejaVu Sans', sans-serif", text)
     text = re.sub(r"\d+\.\d{4,}", lambda m: f"{float(m[0]):.2f}", text)
     size = f'width="{PIXELS}" height="{round(PIXELS * height / WIDTH)}"'
     text = text.replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" {size} ', 1)
-    text = text.replace(">", f'>\n <rect width="100%" height="100%" fill="{COLOURS["paper"]}"/>', 1)
+    text = text.replace(">", f'>\n <rect width="100%" height="100%" fill="{colours["paper"]}"/>', 1)
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+
+@cache
+def _colours() -> dict[str, str]:
+    """The report's light colours; a picture in a Markdown page can't take them from the page."""
+    light, _, _ = (Path(__file__).parent / "report.css").read_text(encoding="utf-8").partition("}")
+    return dict(re.findall(r"--(\w+): (#\w{6});", light))

@@ -132,6 +132,7 @@ def _file(
         if row.get("schema") != SCHEMA:
             raise SparselandError(f"{where}: schema {row.get('schema')!r}; this version reads {SCHEMA}")
         results.runs.append(row)
+        results.left_out.clear()  # a rerun goes on with what the runs before it left out
     elif kind == "measurement":
         if not isinstance(row.get("length"), int):
             raise SparselandError(f"{where}: a measurement without a whole number as length")

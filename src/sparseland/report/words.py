@@ -104,6 +104,16 @@ def facts(row: dict[str, Any], tasks: Sequence[dict[str, Any]] = ()) -> list[str
 
 def verdict(results: Results) -> list[str]:
     """The outcome in plain sentences; shared by the page and the terminal."""
+    late = [
+        f"Left out because {row['reason']}: {row['what']}. "
+        "The same command with more --minutes goes on from here."
+        for row in results.left_out
+        if row.get("late")
+    ]
+    return [*_outcome(results), *late]
+
+
+def _outcome(results: Results) -> list[str]:
     if results.choice is None:
         return ["No recipe is chosen yet: the run has not finished. Run the same command again to go on."]
     recipe, length = results.chosen or (), int(results.choice.get("length") or 0)

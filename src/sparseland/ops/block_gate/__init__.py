@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparseland.errors import SparselandError
-from sparseland.ops._dispatch import Backend, choose, on_cpu, why_no_triton
+from sparseland.ops._dispatch import Backend, choose, on_cpu, why_no_triton, why_not_float
 from sparseland.patterns import BlockPattern, cdiv
 
 __all__ = ["select_blocks", "unrotated_pool"]
@@ -29,8 +29,8 @@ _MAX_ROW = 2**16
 def _why_no_pool(x: Tensor, block_size: int) -> str | None:
     if block_size not in (16, 32, 64, 128):
         return f"it needs block size 16, 32, 64 or 128, got {block_size}"
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"it needs bfloat16, float16 or float32, got {x.dtype}"
+    if reason := why_not_float(x):
+        return reason
     if x.shape[3] > 512:
         return f"it needs a head dimension of at most 512, got {x.shape[3]}"
     return why_no_triton(x)

@@ -22,6 +22,7 @@ from sparseland.ops._dispatch import (
     interpreting,
     on_cpu,
     why_no_triton,
+    why_not_float,
 )
 from sparseland.patterns import cdiv
 
@@ -33,8 +34,8 @@ _OP = "block_max_probability"
 def _why_not_triton(q: Tensor, block_size: int) -> str | None:
     if block_size not in (16, 32, 64, 128):
         return f"it needs block size 16, 32, 64 or 128, got {block_size}"
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"it needs bfloat16, float16 or float32, got {q.dtype}"
+    if reason := why_not_float(q):
+        return reason
     if q.shape[3] > 256:
         return f"it needs a head dimension of at most 256, got {q.shape[3]}"
     if q.dtype == torch.bfloat16 and interpreting():

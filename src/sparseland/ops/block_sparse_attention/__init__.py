@@ -24,6 +24,7 @@ from sparseland.ops._dispatch import (
     interpreting,
     on_cpu,
     why_no_triton,
+    why_not_float,
 )
 from sparseland.patterns import BlockPattern, cdiv
 
@@ -85,8 +86,8 @@ def _why_not_gluon(q: Tensor, block_size: int) -> str | None:
 def _why_not_triton(q: Tensor, block_size: int) -> str | None:
     if reason := why_no_triton(q):
         return reason
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"it needs bfloat16, float16 or float32, got {q.dtype}"
+    if reason := why_not_float(q):
+        return reason
     if q.dtype == torch.bfloat16 and interpreting():
         return "Triton's interpreter multiplies no bfloat16"
     if block_size not in (16, 32, 64, 128, 256):

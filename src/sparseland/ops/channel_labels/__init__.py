@@ -17,17 +17,17 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from sparseland.errors import SparselandError
-from sparseland.ops._dispatch import Backend, choose, interpreting, on_cpu, why_no_triton
-from sparseland.ops.channel_labels.layout import BITS, row_width
+from sparseland.ops._dispatch import Backend, choose, interpreting, on_cpu, why_no_triton, why_not_float
+from sparseland.ops.channel_labels.layout import BITS, new_labels, row_width
 
-__all__ = ["BITS", "label_scores", "row_width", "write_labels"]
+__all__ = ["BITS", "label_scores", "new_labels", "row_width", "write_labels"]
 
 _HERE = "sparseland.ops.channel_labels"
 
 
 def _why_no_triton(x: Tensor) -> str | None:
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"it needs bfloat16, float16 or float32, got {x.dtype}"
+    if reason := why_not_float(x):
+        return reason
     if interpreting() and x.dtype == torch.bfloat16:
         return "Triton's interpreter rounds bfloat16 otherwise"
     return why_no_triton(x)
@@ -59,7 +59,8 @@ def write_labels(
         channels: which channels of a key its label holds, for each label head; ``H`` is a multiple of
             ``Hkv``, and label head ``h`` takes its keys from key head ``h * Hkv // H``.
         bits: 2, 4 or 8 bits per channel, or 16 for k's own type.
-        rows: where to; uint8 with ``W = row_width(C, bits)``, or of k's type with ``W = C`` at 16 bits.
+        rows: where to, as :func:`new_labels` makes it; uint8 with ``W = row_width(C, bits)``, or of k's type
+            with ``W = C`` at 16 bits.
         ranges: (smallest value, step) of each row, float16; None at 16 bits. A row that holds a NaN has
             NaN for its range.
         at: the first row to write.
@@ -94,14 +95,16 @@ def label_scores(
     ranges: Float[Tensor, "B H N 2"] | None,
     *,
     first_key: Int[Tensor, " B"] | None = None,
+    combine: str | None = None,
     backend: str | None = None,
-) -> Float[Tensor, "B Hq N"]:
+) -> Float[Tensor, "B Hq N"] | Float[Tensor, "B H N"]:
     """One query's products with all labels, in float32.
 
     Args:
         q: queries, ``Hq`` a multiple of ``H``: label head ``h`` serves ``Hq / H`` of them.
         channels, bits, rows, ranges: as they were given to :func:`write_labels`; the rows may be a view.
         first_key: each row's first valid key (left padding); those before it score -inf. None means 0.
+        combine: ``mean`` or ``max`` for one score per label head, over the query heads that it serves.
         backend: ``triton``, ``cpu``, ``torch`` or ``reference``; by default the fastest that can.
 
     Raises:
@@ -113,9 +116,11 @@ def label_scores(
             f"{list(q.shape)} and {list(channels.shape)}"
         )
     _check_cache("label_scores", rows, ranges, channels, bits, q.shape[0], q.dtype)
+    if combine not in (None, "mean", "max"):
+        raise SparselandError(f"label_scores: combine={combine!r} is not allowed; it must be mean or max")
     chosen = choose("label_scores", _BACKENDS, backend, q)
     score = _label_scores if chosen.name == "triton" else chosen.load().label_scores
-    scores: Tensor = score(q.detach(), channels, bits, rows, ranges, first_key)
+    scores: Tensor = score(q.detach(), channels, bits, rows, ranges, first_key, combine)
     return scores
 
 
@@ -159,14 +164,27 @@ def _(k: Tensor, channels: Tensor, bits: int, rows: Tensor, ranges: Tensor | Non
 
 @torch.library.custom_op("sparseland::label_scores", mutates_args=())
 def _label_scores(
-    q: Tensor, channels: Tensor, bits: int, rows: Tensor, ranges: Tensor | None, first_key: Tensor | None
+    q: Tensor,
+    channels: Tensor,
+    bits: int,
+    rows: Tensor,
+    ranges: Tensor | None,
+    first_key: Tensor | None,
+    combine: str | None,
 ) -> Tensor:
-    scores: Tensor = _TRITON.load().label_scores(q, channels, bits, rows, ranges, first_key)
+    scores: Tensor = _TRITON.load().label_scores(q, channels, bits, rows, ranges, first_key, combine)
     return scores
 
 
 @_label_scores.register_fake
 def _(
-    q: Tensor, channels: Tensor, bits: int, rows: Tensor, ranges: Tensor | None, first_key: Tensor | None
+    q: Tensor,
+    channels: Tensor,
+    bits: int,
+    rows: Tensor,
+    ranges: Tensor | None,
+    first_key: Tensor | None,
+    combine: str | None,
 ) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], rows.shape[2], dtype=torch.float32)
+    heads = q.shape[1] if combine is None else channels.shape[0]
+    return q.new_empty(q.shape[0], heads, rows.shape[2], dtype=torch.float32)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
-from sparseland.ops.channel_labels.reference import chosen_channels, masked, write_labels
+from sparseland.ops.channel_labels.reference import chosen_channels, combined, masked, write_labels
 
 __all__ = ["label_scores", "write_labels"]
 
@@ -19,18 +19,19 @@ def label_scores(
     rows: Shaped[Tensor, "B H N W"],
     ranges: Float[Tensor, "B H N 2"] | None,
     first_key: Int[Tensor, " B"] | None,
-) -> Float[Tensor, "B Hq N"]:
+    combine: str | None,
+) -> Float[Tensor, "B H N"]:
     """See :func:`sparseland.ops.channel_labels.label_scores`."""
     heads, group = channels.shape[0], q.shape[1] // channels.shape[0]
     label = chosen_channels(q, channels.repeat_interleave(group, 0))[:, :, 0]
     label = torch.unflatten(label, 1, (heads, group))
     if ranges is None or bits == 16:
-        return masked(torch.flatten(_dot(label, rows), 1, 2), first_key)
+        return masked(combined(torch.flatten(_dot(label, rows), 1, 2), heads, combine), first_key)
     dots = _packed_dot(label, rows, bits)
     low, step = ranges.float().unbind(-1)  # (B, H, N)
     total = label.float().sum(-1, keepdim=True)  # (B, H, g, 1)
     scores = torch.addcmul(low[:, :, None] * total, step[:, :, None], dots)
-    return masked(torch.flatten(scores, 1, 2), first_key)
+    return masked(combined(torch.flatten(scores, 1, 2), heads, combine), first_key)
 
 
 def _packed_dot(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 # Bits per channel; 16 stands for the keys' own type, unrounded.
@@ -16,6 +16,18 @@ def row_width(channels: int, bits: int) -> int:
     return channels if bits == 16 else -(-channels * bits // 8)
 
 
+def new_labels(
+    k: Float[Tensor, "B Hkv n D"], channels: Int[Tensor, "H C"], bits: int, length: int
+) -> tuple[Shaped[Tensor, "B H N W"], Float[Tensor, "B H N 2"] | None]:
+    """Room for the labels of ``length`` keys like ``k``, not written yet: the rows, and their ranges."""
+    shape = (k.shape[0], channels.shape[0], length)
+    width = row_width(channels.shape[1], bits)
+    if bits == 16:
+        return k.new_empty(*shape, width), None
+    rows = k.new_empty(*shape, width, dtype=torch.uint8)
+    return rows, k.new_empty(*shape, 2, dtype=torch.float16)
+
+
 def quantise(
     x: Float[Tensor, "*rows C"], bits: int
 ) -> tuple[UInt8[Tensor, "*rows C"], Float[Tensor, "*rows 2"]]:
@@ -25,7 +37,8 @@ def quantise(
         codes (uint8), and the row's (smallest value, step) in float16; ``x ≈ smallest + step * code``.
     """
     low, high = x.aminmax(dim=-1, keepdim=True)
-    step = (high.float() - low.float()) / (2**bits - 1)
+    # By a tensor: a GPU multiplies by the reciprocal of a plain number, which rounds otherwise.
+    step = (high.float() - low.float()) / torch.full_like(low, 2**bits - 1, dtype=torch.float32)
     ranges = torch.cat([low.float(), torch.where(step == 0, 1.0, step)], dim=-1).half()
     low, step = ranges[..., :1].float(), ranges[..., 1:].float()
     # A tiny range can vanish in half precision; its row is then all equal, whatever the codes.

@@ -34,7 +34,8 @@ def label_scores(
     rows: Shaped[Tensor, "B H N W"],
     ranges: Float[Tensor, "B H N 2"] | None,
     first_key: Int[Tensor, " B"] | None,
-) -> Float[Tensor, "B Hq N"]:
+    combine: str | None,
+) -> Float[Tensor, "B H N"]:
     """See :func:`sparseland.ops.channel_labels.label_scores`."""
     group = q.shape[1] // channels.shape[0]
     labels = rows.float()
@@ -43,7 +44,15 @@ def label_scores(
         labels = low[..., None] + step[..., None] * unpack(rows, bits, channels.shape[1])
     label = chosen_channels(q, channels.repeat_interleave(group, 0)).float()
     scores = (label @ labels.repeat_interleave(group, 1).mT)[:, :, 0]
-    return masked(scores, first_key)
+    return masked(combined(scores, channels.shape[0], combine), first_key)
+
+
+def combined(scores: Float[Tensor, "B Hq N"], heads: int, combine: str | None) -> Float[Tensor, "B H N"]:
+    """Mean or largest score of the query heads that share a label head."""
+    if combine is None:
+        return scores
+    grouped = torch.unflatten(scores, 1, (heads, -1))
+    return grouped.mean(2) if combine == "mean" else grouped.amax(2)
 
 
 def chosen_channels(x: Float[Tensor, "B H n D"], channels: Int[Tensor, "H C"]) -> Float[Tensor, "B H n C"]:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseland.ops.channel_labels.reference import combined
 from sparseland.ops.gather_decode.triton import n_multiprocessors, split
 
 # Entries of a tile of rows, and programs per multiprocessor that a product is cut into.
@@ -84,9 +85,31 @@ def _write(
 
 
 @triton.jit
-def _code(b_rows, i: tl.constexpr, BITS: tl.constexpr):
-    """The codes of one bit plane, as numbers."""
-    return ((b_rows >> (BITS * i)) & (2**BITS - 1)).to(tl.float32)
+def _one_and_code(b_rows, i: tl.constexpr, BITS: tl.constexpr):
+    """``1 + code / 2**BITS`` of one bit plane, exact: the code is put into the mantissa of 1.
+
+    A shift and a logical operation, where converting a whole number takes as long as four multiplications.
+    """
+    b_code = (b_rows >> (BITS * i)) & (2**BITS - 1)
+    return ((b_code << (23 - BITS)) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _half_codes(b_rows, i: tl.constexpr, BITS: tl.constexpr, TYPE: tl.constexpr):
+    """The same in half precision, of up to 4 bits; larger codes as they are."""
+    b_code = (b_rows >> (BITS * i)) & (2**BITS - 1)
+    if BITS > 4:
+        b_half = b_code.to(TYPE)
+    elif tl.float16 == TYPE:
+        b_half = ((b_code << (10 - BITS)) | 0x3C00).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        b_half = ((b_code << (7 - BITS)) | 0x3F80).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return b_half
+
+
+@triton.jit
+def _two_planes(b_rows, i: tl.constexpr, BITS: tl.constexpr, TYPE: tl.constexpr):
+    return tl.join(_half_codes(b_rows, i, BITS, TYPE), _half_codes(b_rows, i + 1, BITS, TYPE))
 
 
 @triton.jit
@@ -134,12 +157,13 @@ def _scores(
             b_s = tl.sum(b_rows.to(tl.float32) * b_q0[None, :], 1)
         else:
             b_rows = b_rows.to(tl.int32)
-            b_s = tl.sum(_code(b_rows, 0, BITS) * b_q0[None, :], 1)
+            b_product = _one_and_code(b_rows, 0, BITS) * b_q0[None, :]
             if BITS <= 4:
-                b_s += tl.sum(_code(b_rows, 1, BITS) * b_q1[None, :], 1)
+                b_product += _one_and_code(b_rows, 1, BITS) * b_q1[None, :]
             if BITS == 2:
-                b_s += tl.sum(_code(b_rows, 2, BITS) * b_q2[None, :], 1)
-                b_s += tl.sum(_code(b_rows, 3, BITS) * b_q3[None, :], 1)
+                b_product += _one_and_code(b_rows, 2, BITS) * b_q2[None, :]
+                b_product += _one_and_code(b_rows, 3, BITS) * b_q3[None, :]
+            b_s = (tl.sum(b_product, 1) - total) * 2.0**BITS
             b_low = tl.load(p_ranges + i_row * sgn, mask=b_on, other=0.0).to(tl.float32)
             b_step = tl.load(p_ranges + i_row * sgn + sgi, mask=b_on, other=0.0).to(tl.float32)
             b_s = b_low * total + b_step * b_s
@@ -153,11 +177,11 @@ def _shared_scores(
     q, channels, rows, ranges, first_key, out, n_rows, per_slice,
     sqb, sqh, sqd, srb, srh, srn, sgb, sgh, sgn, sgi,
     H, C, SHARE: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, HAS_FIRST: tl.constexpr,
-    BN: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, COMBINE: tl.constexpr,
 ):  # fmt: skip
     """The query heads that share a label head together: a row is unpacked once, tensor cores multiply.
 
-    Codes are whole numbers below 256, which every half-precision type holds exactly.
+    Codes below 256, and ``1 + code / 16``, are exact in every half-precision type.
     """
     PLANES: tl.constexpr = 1 if BITS == 16 else 8 // BITS
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
@@ -193,21 +217,33 @@ def _shared_scores(
         else:
             b_rows = b_rows.to(tl.int32)
             if PLANES == 1:
-                b_code = _code(b_rows, 0, BITS)
+                b_code = _half_codes(b_rows, 0, BITS, b_q.dtype)
             elif PLANES == 2:
-                b_code = tl.join(_code(b_rows, 0, BITS), _code(b_rows, 1, BITS))
+                b_code = _two_planes(b_rows, 0, BITS, b_q.dtype)
             else:
-                b_even = tl.join(_code(b_rows, 0, BITS), _code(b_rows, 1, BITS))
-                b_odd = tl.join(_code(b_rows, 2, BITS), _code(b_rows, 3, BITS))
-                b_code = tl.join(b_even, b_odd)
-            b_code = tl.reshape(b_code, [BN, PLANES * BW]).to(b_q.dtype)
-            b_s = tl.dot(b_q, tl.trans(b_code))
+                b_code = tl.join(
+                    _two_planes(b_rows, 0, BITS, b_q.dtype), _two_planes(b_rows, 2, BITS, b_q.dtype)
+                )
+            b_s = tl.dot(b_q, tl.trans(tl.reshape(b_code, [BN, PLANES * BW])))
+            if BITS <= 4:
+                b_s = (b_s - b_total[:, None]) * 2.0**BITS
             b_low = tl.load(p_ranges + i_row * sgn, mask=b_on, other=0.0).to(tl.float32)
             b_step = tl.load(p_ranges + i_row * sgn + sgi, mask=b_on, other=0.0).to(tl.float32)
             b_s = b_low[None, :] * b_total[:, None] + b_step[None, :] * b_s
         if HAS_FIRST:
             b_s = tl.where((i_n < tl.load(first_key + i_b))[None, :], float("-inf"), b_s)
-        tl.store(p_out[:, None] + i_n[None, :], b_s, mask=(i_m < SHARE)[:, None] & b_on[None, :])
+        b_head = (i_m < SHARE)[:, None]
+        if COMBINE == "mean":
+            b_mean = tl.sum(tl.where(b_head, b_s, 0.0), 0) / SHARE
+            tl.store(out + tl.program_id(1).to(tl.int64) * n_rows + i_n, b_mean, mask=b_on)
+        elif COMBINE == "max":
+            b_top = tl.max(tl.where(b_head, b_s, float("-inf")), 0)
+            # A maximum of numbers ignores NaN.
+            b_odd = tl.max((b_head & (b_s != b_s)).to(tl.int32), 0)
+            b_top = tl.where(b_odd > 0, float("nan"), b_top)
+            tl.store(out + tl.program_id(1).to(tl.int64) * n_rows + i_n, b_top, mask=b_on)
+        else:
+            tl.store(p_out[:, None] + i_n[None, :], b_s, mask=b_head & b_on[None, :])
 
 
 def write_labels(
@@ -223,16 +259,26 @@ def write_labels(
 
 
 def label_scores(
-    q: Tensor, channels: Tensor, bits: int, rows: Tensor, ranges: Tensor | None, first_key: Tensor | None
+    q: Tensor,
+    channels: Tensor,
+    bits: int,
+    rows: Tensor,
+    ranges: Tensor | None,
+    first_key: Tensor | None,
+    combine: str | None,
 ) -> Tensor:
     """See :func:`sparseland.ops.channel_labels.label_scores`."""
     (batch, heads, _, _), n_rows = q.shape, rows.shape[2]
-    out = torch.empty(batch, heads, n_rows, dtype=torch.float32, device=q.device)
-    if not out.numel():
-        return out
     label_heads, count = channels.shape
     share = heads // label_heads
     together = share > 1 and q.dtype != torch.float32
+    if combine is not None and not together:
+        scores = label_scores(q, channels, bits, rows, ranges, first_key, None)
+        return combined(scores, label_heads, combine)
+    out_heads = heads if combine is None else label_heads
+    out = torch.empty(batch, out_heads, n_rows, dtype=torch.float32, device=q.device)
+    if not out.numel():
+        return out
     width, BN, BW = _tile(rows, n_rows, 16 if together else 1)
     lists = batch * (label_heads if together else heads)
     per_slice, n_slices = split(n_rows, BN, lists, _PER_SM * n_multiprocessors(q.device))
@@ -246,7 +292,8 @@ def label_scores(
         "num_warps": 4,
     }  # fmt: skip
     if together:
-        _shared_scores[(n_slices, lists)](*arguments, BM=max(16, triton.next_power_of_2(share)), **known)
+        BM = max(16, triton.next_power_of_2(share))
+        _shared_scores[(n_slices, lists)](*arguments, BM=BM, COMBINE=combine or "none", **known)
     else:
         _scores[(n_slices, lists)](*arguments, **known)
     return out

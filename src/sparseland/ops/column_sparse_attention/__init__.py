@@ -26,6 +26,7 @@ from sparseland.ops._dispatch import (
     interpreting,
     on_cpu,
     why_no_triton,
+    why_not_float,
 )
 from sparseland.ops.column_sparse_attention import reference
 from sparseland.patterns import BlockColumnPattern, BlockPattern, ColumnPattern, cdiv, unexpanded
@@ -34,8 +35,8 @@ _HERE = "sparseland.ops.column_sparse_attention"
 
 
 def _why_no_triton(q: Tensor, block_size: int) -> str | None:
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"it needs bfloat16, float16 or float32, got {q.dtype}"
+    if reason := why_not_float(q):
+        return reason
     if block_size < 16 or block_size & (block_size - 1):
         return f"block size {block_size} is no power of two of 16 or more"
     if q.shape[3] > 256:

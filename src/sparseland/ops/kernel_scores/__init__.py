@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparseland.errors import SparselandError
-from sparseland.ops._dispatch import Backend, choose, interpreting, on_cpu, why_no_triton
+from sparseland.ops._dispatch import Backend, choose, interpreting, on_cpu, why_no_triton, why_not_float
 from sparseland.ops.kernel_scores import fast
 from sparseland.ops.kernel_scores.fast import block_scores, coarsen, compress_keys, visible_kernels
 from sparseland.ops.kernel_scores.fast import top as top_blocks
@@ -41,8 +41,8 @@ _OP = "kernel_scores"
 def _why_not_triton(q: Tensor, stride: int, block_size: int) -> str | None:
     if reason := why_no_triton(q):
         return reason
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"it needs bfloat16, float16 or float32, got {q.dtype}"
+    if reason := why_not_float(q):
+        return reason
     if q.dtype == torch.bfloat16 and interpreting():
         return "Triton's interpreter multiplies no bfloat16"
     per_block = block_size // stride

@@ -23,6 +23,7 @@ from sparseland.ops._dispatch import (
     interpreting,
     on_cpu,
     why_no_triton,
+    why_not_float,
 )
 from sparseland.patterns import PermutedPattern, cdiv
 
@@ -34,8 +35,8 @@ _OP = "permuted_attention"
 def _why_not_triton(q: Tensor, block_size: int) -> str | None:
     if reason := why_no_triton(q):
         return reason
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"it needs bfloat16, float16 or float32, got {q.dtype}"
+    if reason := why_not_float(q):
+        return reason
     if q.dtype == torch.bfloat16 and interpreting():
         return "Triton's interpreter multiplies no bfloat16"
     if block_size not in (16, 32, 64, 128):

@@ -1,8 +1,7 @@
 """The largest values of rows: so many of them, or as many as reach a given sum.
 
-Selections need the set, not the order, so long rows are not sorted on a GPU: the value where the set ends
-is found by its bits, eight at a time, from histograms of the rows (radix selection). Nothing synchronises
-with the host.
+Selections need the set, not the order, so rows are not sorted on a GPU: the value where the set ends is found
+by its bits (radix selection), and then what lies above it. Nothing synchronises with the host there.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from sparseland.errors import SparselandError
 from sparseland.ops._dispatch import Backend, choose, on_cpu, why_no_triton
 from sparseland.ops.top_values import fast, reference
 
-__all__ = ["covering", "top_mask"]
+__all__ = ["covering", "top_indices", "top_mask"]
 
 _HERE = "sparseland.ops.top_values"
 # How far a row's sum may reach: sums are fixed-point numbers in the kernels, 2^-40 of a unit exact.
@@ -67,6 +66,41 @@ def top_mask(
     return fast.top_mask(values, count, forced)
 
 
+def top_indices(
+    values: Float[Tensor, "*batch n"],
+    most: int,
+    count: Int[Tensor, "*batch"] | None = None,
+    *,
+    backend: str | None = None,
+) -> Int[Tensor, "*batch most"]:
+    """The places of the ``most`` largest values of each row, ascending; of equal ones, the earlier places.
+
+    Args:
+        values: float32 rows; NaN counts as larger than any number.
+        most: places per row.
+        count: where a row wants fewer; broadcasts against the rows.
+        backend: ``cpu``, ``triton``, ``torch`` or ``reference``; by default the fastest that can.
+
+    Returns:
+        ``[*batch, most]`` int32; -1 behind the last of ``count``.
+
+    Raises:
+        SparselandError: not float32, a row of 2^31 numbers or more, ``most`` is negative or more than a row
+            has, or the requested backend can't run the input.
+    """
+    _check("top_indices", values)
+    if not 0 <= most <= values.shape[-1]:
+        raise SparselandError(f"top_indices: most={most}; a row of {values.shape[-1]} has 0 to so many")
+    chosen = choose("top_indices", BACKENDS, backend, values)
+    if count is not None:
+        count = count.expand(values.shape[:-1])
+    if chosen.name == "triton" or torch.compiler.is_compiling():
+        places: Tensor = _top_indices(values, most, count, chosen.name)
+    else:  # an operator would only make the call longer
+        places = chosen.load().top_indices(values, most, count)
+    return places
+
+
 def covering(
     weights: Float[Tensor, "*batch n"],
     mass: float,
@@ -116,6 +150,18 @@ def _top_mask(values: Tensor, count: Tensor, forced: int) -> Tensor:
 @_top_mask.register_fake
 def _(values: Tensor, count: Tensor, forced: int) -> Tensor:
     return values.new_empty(values.shape, dtype=torch.bool)
+
+
+@torch.library.custom_op("sparseland::top_indices", mutates_args=())
+def _top_indices(values: Tensor, most: int, count: Tensor | None, backend: str) -> Tensor:
+    module = next(b for b in BACKENDS if b.name == backend).load()
+    places: Tensor = module.top_indices(values, most, count)
+    return places
+
+
+@_top_indices.register_fake
+def _(values: Tensor, most: int, count: Tensor | None, backend: str) -> Tensor:
+    return values.new_empty((*values.shape[:-1], most), dtype=torch.int32)
 
 
 @torch.library.custom_op("sparseland::covering", mutates_args=())

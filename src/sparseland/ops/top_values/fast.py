@@ -22,6 +22,53 @@ def top_mask(
     return torch.zeros_like(taken).scatter_(-1, order, taken)
 
 
+def top_indices(
+    values: Float[Tensor, "*batch n"], most: int, count: Int[Tensor, "*batch"] | None
+) -> Int[Tensor, "*batch most"]:
+    """``topk``, which takes any of equal values; where that leaves a choice, a stable sort."""
+    shape = (*values.shape[:-1], most)
+    if not values.numel() or not most:
+        return torch.full(shape, -1, dtype=torch.int32, device=values.device)
+    if values.device.type == "cpu":
+        places = _larger_than_all_others(values.detach().reshape(-1, values.shape[-1]), most, count)
+        if places is not None:
+            return places.reshape(shape)
+    places = values.argsort(dim=-1, descending=True, stable=True)[..., :most]
+    if count is not None:
+        beyond = torch.arange(most, device=values.device) >= count[..., None]
+        places = places.masked_fill(beyond, values.shape[-1])
+    places = places.sort(dim=-1).values
+    return places.masked_fill(places == values.shape[-1], -1).to(torch.int32)
+
+
+def _larger_than_all_others(
+    x: Float[Tensor, "rows n"], most: int, count: Int[Tensor, "*batch"] | None
+) -> Int[Tensor, "rows most"] | None:
+    """The places, or None where some other value is as large as a row's last (or that is NaN)."""
+    # NumPy looks at the bytes of a mask together, PyTorch at one after the other.
+    import numpy as np
+
+    rows, n = x.shape
+    if count is None:
+        last = x.topk(most, sorted=False).values.amin(-1, keepdim=True)
+        found = np.flatnonzero((x >= last).numpy())
+        if found.size != rows * most:
+            return None
+        places = found.reshape(rows, most) - n * np.arange(rows)[:, None]
+        # As many in all, but one row had more and another fewer?
+        if places[:, 0].min() < 0 or places[:, -1].max() >= n:
+            return None
+        return torch.from_numpy(places.astype(np.int32))
+    wanted = count.reshape(-1, 1).clamp(0, most)
+    last = x.topk(most).values.gather(-1, (wanted - 1).clamp(min=0))
+    mask = (x >= last) & (wanted > 0)
+    if not torch.equal(mask.sum(-1, keepdim=True), wanted):
+        return None
+    listed = torch.full((rows, most), -1, dtype=torch.int32)
+    listed[torch.arange(most) < wanted] = torch.from_numpy(np.flatnonzero(mask.numpy()) % n).to(torch.int32)
+    return listed
+
+
 def covering(
     weights: Float[Tensor, "*batch n"], mass: float, active: Bool[Tensor, "*batch"] | None
 ) -> tuple[Float[Tensor, "*batch"], Int[Tensor, "*batch"]]:

@@ -25,6 +25,19 @@ def top_mask(
     return mask.reshape(values.shape).to(values.device)
 
 
+def top_indices(
+    values: Float[Tensor, "*batch n"], most: int, count: Int[Tensor, "*batch"] | None
+) -> Int[Tensor, "*batch most"]:
+    """What :func:`top_mask` marks, place by place."""
+    wanted = torch.full(values.shape[:-1], most) if count is None else count.clamp(max=most)
+    mask = top_mask(values, wanted, 0).reshape(-1, values.shape[-1])
+    places = torch.full((len(mask), most), -1, dtype=torch.int32)
+    for row, marked in zip(places, mask.cpu(), strict=True):
+        found = marked.nonzero().flatten()
+        row[: len(found)] = found
+    return places.reshape(*values.shape[:-1], most).to(values.device)
+
+
 def covering(
     weights: Float[Tensor, "*batch n"], mass: float, active: Bool[Tensor, "*batch"] | None
 ) -> tuple[Float[Tensor, "*batch"], Int[Tensor, "*batch"]]:

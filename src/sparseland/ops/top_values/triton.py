@@ -17,24 +17,25 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sparseland.ops.top_values.keys import ordered_keys
+from sparseland.ops.top_values.listing import top_indices
+
+__all__ = ["covering", "top_indices", "top_mask"]
+
 # Fixed point of sums: rows add up to less than 2^20 (int64 holds 2^62), 2^-40 is a rounding error of theirs.
 _UNIT = tl.constexpr(2.0**40)
 # Compiling again where one of these happens to be 1 or to divide by 16 would gain nothing.
 _UNSPECIALIZED = ("goal", "n_rows", "forced")
 # Rows up to this length stay in the registers of one program.
 _SHORT = 16384
-# Values that one program looks at.
+# Values that one program looks at. Rows come first in a grid, whose other sides end at 65535.
 _PER_PROGRAM = 4096
 
 
 @triton.jit
 def _keys(b_x, i_x, forced):
     """Integers that order like the values: NaN above all numbers, forced places above NaN, earlier first."""
-    b_x = tl.where(b_x == 0.0, 0.0, b_x)  # -0 ties with 0
-    bits = b_x.to(tl.int32, bitcast=True)
-    bits = tl.where(b_x != b_x, 0x7FC00000, bits)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(i_x < forced, 0x7FFFFFFF - i_x, key)
+    return tl.where(i_x < forced, 0x7FFFFFFF - i_x, ordered_keys(b_x))
 
 
 @triton.jit
@@ -65,13 +66,13 @@ def _state(hist, wanted, i_row, n_rows, LEVELS: tl.constexpr):
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _count_digits(x, count, hist, n, n_rows, forced, per_program, LEVEL: tl.constexpr, BN: tl.constexpr):
-    i_row = tl.program_id(1)
+    i_row = tl.program_id(0)
     wanted = tl.load(count + i_row).to(tl.int64)
     prefix, _larger, _same, never = _state(hist, wanted, i_row, n_rows, LEVEL)
     if never != 0:
         return
     x += i_row.to(tl.int64) * n
-    begin = tl.program_id(0) * per_program
+    begin = tl.program_id(1) * per_program
     i_digit = tl.arange(0, 16)
     b_count = tl.zeros([16, 16], tl.float32)
     for start in range(begin, tl.minimum(begin + per_program, n), BN):
@@ -115,13 +116,13 @@ def _sum_above(
 
     The values stay in registers and the thresholds go by: one sum over the program for each.
     """
-    i_row = tl.program_id(1)
+    i_row = tl.program_id(0)
     if HAS_ACTIVE:  # noqa: SIM102  a pointer that is None can't be read, not even by `and`
         if tl.load(active + i_row) == 0:
             return
     i_t = tl.arange(0, 16)
     low, high = _interval(sums, goal, i_row, n_rows, PASS)
-    i_x = tl.program_id(0) * BN + tl.arange(0, BN)
+    i_x = tl.program_id(1) * BN + tl.arange(0, BN)
     b_x = tl.load(x + i_row.to(tl.int64) * n + i_x, mask=i_x < n, other=0.0)
     b_x = tl.where((b_x > 0.0) & (b_x < 1e37), b_x, 0.0)  # false for NaN too
     if tl.max(b_x, 0) == 0.0:
@@ -141,13 +142,13 @@ def _around(
     x, active, sums, found, goal, n, n_rows, per_program, HAS_ACTIVE: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     """Per row: sum and number above the last value, its ties, the whole sum, what is not finite."""
-    i_row = tl.program_id(1)
+    i_row = tl.program_id(0)
     if HAS_ACTIVE:  # noqa: SIM102  a pointer that is None can't be read, not even by `and`
         if tl.load(active + i_row) == 0:
             return
     low, _high = _interval(sums, goal, i_row, n_rows, 8)
     x += i_row.to(tl.int64) * n
-    begin = tl.program_id(0) * per_program
+    begin = tl.program_id(1) * per_program
     b_above = tl.zeros([BN], tl.float32)
     b_all = tl.zeros([BN], tl.float32)
     b_larger = tl.zeros([BN], tl.int32)
@@ -196,12 +197,12 @@ def _cross(goal, active, sums, found, value, taken, n, n_rows, HAS_ACTIVE: tl.co
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _mark_long(x, count, hist, out, n, n_rows, forced, BN: tl.constexpr):
     """One tile of a row. Only where some ties of the last key stay out, those before the tile are counted."""
-    i_row = tl.program_id(1)
+    i_row = tl.program_id(0)
     wanted = tl.load(count + i_row).to(tl.int64)
     last, larger, ties, never = _state(hist, wanted, i_row, n_rows, 4)
     left = (wanted - larger).to(tl.int32)  # ties of the last key that are taken
     x += i_row.to(tl.int64) * n
-    begin = tl.program_id(0) * BN
+    begin = tl.program_id(1) * BN
     i_x = begin + tl.arange(0, BN)
     b_in = i_x < n
     key = _keys(tl.load(x + i_x, mask=b_in, other=0.0), i_x, forced)
@@ -258,7 +259,7 @@ def top_mask(
         _mark_short[(n_rows,)](x, count, out, n, forced, BN=BN, num_warps=_warps(BN))
         return out.view(torch.bool)
     hist = torch.zeros(4, n_rows, 256, dtype=torch.int64, device=x.device)
-    grid = (triton.cdiv(n, _PER_PROGRAM), n_rows)
+    grid = (n_rows, triton.cdiv(n, _PER_PROGRAM))
     for level in range(4):
         _count_digits[grid](x, count, hist, n, n_rows, forced, _PER_PROGRAM, LEVEL=level, BN=512, num_warps=8)
     _mark_long[grid](x, count, hist, out, n, n_rows, forced, BN=_PER_PROGRAM, num_warps=8)
@@ -283,7 +284,7 @@ def covering(
     goal = int(mass * _UNIT.value)
     numbers = torch.zeros(n_rows * (8 * 16 + 5), dtype=torch.int64, device=x.device)
     sums, found = numbers[: n_rows * 128], numbers[n_rows * 128 :]
-    grid = (triton.cdiv(n, _PER_PROGRAM), n_rows)
+    grid = (n_rows, triton.cdiv(n, _PER_PROGRAM))
     known = {"HAS_ACTIVE": active is not None, "num_warps": 4}
     for i in range(8):
         _sum_above[grid](x, active, sums, goal, n, n_rows, PASS=i, BN=_PER_PROGRAM, **known)

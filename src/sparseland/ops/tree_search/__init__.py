@@ -34,6 +34,7 @@ from sparseland.ops._dispatch import (
     interpreting,
     on_cpu,
     why_no_triton,
+    why_not_float,
 )
 from sparseland.patterns import cdiv
 
@@ -48,8 +49,8 @@ def _why_no_triton(q: Tensor, k: Tensor, block_q: int, stride: int, shared: bool
         return f"{rows} queries score together, above 128"
     if q.shape[3] > 256:
         return f"head size {q.shape[3]} is above 256"
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"it needs bfloat16, float16 or float32, got {q.dtype}"
+    if reason := why_not_float(q):
+        return reason
     if interpreting() and q.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly"
     return why_no_triton(q)

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 _ROWS = 256
+# Scores that are held at a time: 1 GiB in float32.
+_SCORES = 1 << 28
 
 
 def window_attention_backward(
@@ -30,6 +32,13 @@ def window_attention_backward(
     ``d_lse`` is the gradient that reaches the log-sum-exp (zeros if it was not used).
     """
     n_queries, n_keys, kv_heads = q.shape[2], k.shape[2], k.shape[1]
+    seen = min(n_keys, sinks + window + _ROWS)
+    each = max(1, _SCORES // max(1, q.shape[1] * min(n_queries, _ROWS) * seen))
+    if each < q.shape[0]:
+        pieces = zip(*(torch.split(x, each) for x in (d_out, d_lse, q, k, v, out, lse)), strict=True)
+        parts = [window_attention_backward(*x, sinks, window, scale) for x in pieces]  # type: ignore[call-arg]
+        d_q, d_k, d_v = (torch.cat(part) for part in zip(*parts, strict=True))
+        return d_q, d_k, d_v
     offset = n_keys - n_queries
     grouped = (kv_heads, q.shape[1] // kv_heads)
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
