@@ -174,8 +174,10 @@ def _which_gpu() -> list[dict[str, Any]]:
             continue
         data = read(path)
         known = {(r["shape"], r["length"], r["method"]) for r in data["rows"]}
-        # Settings that were measured later, on the same inputs, each with dense beside it.
-        data["rows"] += [r for r in later if (r["shape"], r["length"], r["method"]) not in known]
+        # Settings that were measured later, on the same inputs, with dense of that run: marked in the table.
+        fresh = [r for r in later if (r["shape"], r["length"], r["method"]) not in known]
+        places = {place[:2] for place in known}
+        data["rows"] += [{**r, "later": True} for r in fresh if (r["shape"], r["length"]) in places]
         lengths = {r["length"] for r in data["rows"]} - seen
         parts += _gpu_parts(data, lengths)
         seen |= lengths
@@ -202,13 +204,16 @@ def _gpu_parts(data: dict[str, Any], lengths: set[int]) -> list[dict[str, Any]]:
             )
         if slower:
             words += f" Slower than dense: {', '.join(slower)}."
+        if any(r.get("later") for r in timed):
+            words += " A ‡ marks a later run with its own dense time (`gpu_prefill_neighbours.json`)."
         parts.append(
             {
                 "shape": shape, "length": length, "machine": _machine(data["machine"]), "verdict": words,
                 "dense": rows[0]["dense"], "dense_ms": number(rows[0]["dense_ms"]),
                 "rows": [
                     {
-                        "method": r["method"] + _trained(r.get("slug")), "density": r.get("density"),
+                        "method": r["method"] + _trained(r.get("slug")) + " ‡" * r.get("later", False),
+                        "density": r.get("density"),
                         # Older runs have a sum above 1 for a method that adds scores of its own.
                         "recall": r["recall"] if (r.get("recall") or 2) <= 1 else None,
                         "error": r.get("error"), "select_ms": r.get("select_ms"),

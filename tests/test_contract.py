@@ -189,7 +189,7 @@ KNOWN = {}
 
 
 def learnt(method):
-    """A calibration of the tiny model, made once for all tests: some take long, learning by gradients most."""
+    """A calibration of the tiny model, made once for all tests: learning takes long."""
     if method.calibration_key not in KNOWN:
         short = replace(method, steps=5) if "steps" in method.params() else method
         model = tiny_model("llama", max_position_embeddings=1024)

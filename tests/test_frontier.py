@@ -149,7 +149,8 @@ def test_memory_that_does_not_suffice_is_noted_and_the_run_goes_on(options, tmp_
 def test_when_its_minutes_are_over_a_run_chooses_and_says_what_it_left_out(options, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "TASK_SAMPLES", {"needle": 1})
     monkeypatch.setattr(job, "SCREENED_BY", 1.0)
-    clock = iter([0.0, *[30.0] * len(METHODS)])  # all are screened, then the 11th minute has come
+    # All are screened (the first without a look at the clock), then the 11th minute has come.
+    clock = iter([0.0, *[30.0] * (len(METHODS) - 1)])
     monkeypatch.setattr(job, "time", SimpleNamespace(monotonic=lambda: next(clock, 60 * 11.0)))
     options = replace(options, out=tmp_path / "out", minutes=1.0)
     result = frontier.run(options)
@@ -166,6 +167,26 @@ def test_when_its_minutes_are_over_a_run_chooses_and_says_what_it_left_out(optio
     more = frontier.run(replace(options, minutes=0))
     assert {tuple(r["recipe"]) for r in more.rows if r["stage"] == "full"} > full
     assert not any("Left out" in s for s in verdict(read_results(tmp_path / "out" / "results.jsonl")))
+
+    late = iter([0.0])  # what is known takes no time, and is not left out
+    monkeypatch.setattr(job, "time", SimpleNamespace(monotonic=lambda: next(late, 60 * 11.0)))
+    again = frontier.run(options)
+    assert again.choice == more.choice
+    assert not any("Left out" in s for s in verdict(read_results(tmp_path / "out" / "results.jsonl")))
+
+
+def test_what_was_left_out_is_said_until_another_run_has_chosen(tmp_path):
+    run, left = {"kind": "run", "schema": job.SCHEMA}, {"kind": "left_out", "what": "a", "late": True}
+    choice = {"kind": "choice", "recipe": [], "length": 512, "reason": "x"}
+    path = tmp_path / "results.jsonl"
+    for rows, expected in (
+        ([run, choice, left], ["a"]),
+        ([run, choice, left, run], ["a"]),  # interrupted before it chose
+        ([run, choice, left, run, choice], []),
+        ([run, choice, left, run, choice, {**left, "what": "b"}], ["b"]),
+    ):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert [row["what"] for row in read_results(path).left_out] == expected
 
 
 @pytest.mark.parametrize(
@@ -210,11 +231,12 @@ def test_a_setting_that_loses_too_much_is_followed_by_the_next():
     measured = []
 
     class Stub:
-        measuring = judge = None
+        _measured = staticmethod(lambda methods: False)
+        _in_time = staticmethod(lambda share, what, known: True)
         measure_all = staticmethod(lambda methods, role: measured.append(methods[0].spec))
         within = staticmethod(lambda specs: specs == [settings[1].spec])
 
     Stub.measuring = Stub.judge = Stub
     settings = [parse_spec(f"streaming:window={w}") for w in (16, 32, 64)]
-    assert job.Job._measure_survivor(Stub, settings) == settings[:2]
+    assert job.Job._measure_survivors(Stub, [settings]) == settings[:2]
     assert measured == [m.spec for m in settings[:2]]

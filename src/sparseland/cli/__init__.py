@@ -159,8 +159,8 @@ def find_frontier(
         str | None,
         typer.Option(
             metavar="NUMBER",
-            help="Leave out what is not measured after so many; 0 = no limit (default: 11, and no limit "
-            "where a model, methods or lengths are given).",
+            help="Leave out what is not measured after so many; 0 = no limit (default: 11 for the default "
+            "model, methods and lengths, else no limit).",
         ),
     ] = None,
     rope_scale: RopeScale = None,

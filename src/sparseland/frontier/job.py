@@ -74,6 +74,16 @@ def _in_order(settings: Sequence[Screened], role: Role) -> list[Method]:
     return [min(settings, key=lambda t: (t.excess, t.time)).method]
 
 
+def _by_turns(candidates: Sequence[Method]) -> list[Method]:
+    """The first setting of every method, then the second of each, and so on."""
+    turns: dict[str, int] = {}
+    placed = []
+    for method in candidates:
+        turns[method.card.slug] = turn = turns.get(method.card.slug, -1) + 1
+        placed.append((turn, method))
+    return [method for _, method in sorted(placed, key=lambda pair: pair[0])]
+
+
 class Job:
     """One run of the frontier: shared state of its steps."""
 
@@ -105,13 +115,10 @@ class Job:
         self.log.add(self._run_row())
         self._measure_dense()
         settings = self._screen(candidates) if screened else [[method] for method in candidates]
-        # The likeliest first, and one of them whatever the time: without any there is nothing to choose.
-        survivors: list[Method] = []
-        for some in settings:
-            if not survivors or self._in_time(CHOSEN_BY, f"{some[0].spec} in full"):
-                survivors += self._measure_survivor(some)
+        survivors = self._measure_survivors(settings)
         for composition in self.judge.compositions(survivors):
-            if self._in_time(CHOSEN_BY, " + ".join(m.spec for m in composition)):
+            what = " + ".join(m.spec for m in composition)
+            if self._in_time(CHOSEN_BY, what, known=self._measured(composition)):
                 measuring.measure_all(composition, "composition")
         for n in self.lengths:
             measuring.time_dense_again(n)
@@ -122,11 +129,11 @@ class Job:
         chosen = [parse_spec(s) for s in choice["recipe"]]
         # The choice stands; a look that does not fit into memory or time is left out.
         self._look("maps", lambda: draw_maps(measuring, chosen, survivors))
-        if self._in_time(ASKED_BY, "recall"):
+        if self._in_time(ASKED_BY, "recall", known=bool(self.log.of("inspection"))):
             self._look("recall", lambda: inspect(measuring, survivors))
         self._look("tasks", lambda: self._ask(recipes))
         for control in self._controls(survivors):
-            if self._in_time(1.0, control.spec):
+            if self._in_time(1.0, control.spec, known=self._measured([control])):
                 measuring.measure_all([control], "control")
         if self._late:
             reason = f"the run's {self._minutes:g} minutes were over"
@@ -155,17 +162,27 @@ class Job:
                     raise SparselandError(f"the dense model can't read {n} tokens here: {reason}") from error
         self.measuring.measure_all([method_class("dense").full_budget(self.lengths[-1])], "control")
 
-    def _in_time(self, share: float, what: str) -> bool:
-        """Whether less than this share of the run's minutes has passed; what comes too late is noted."""
-        if time.monotonic() - self._started < 60 * self._minutes * share:
+    def _in_time(self, share: float, what: str, *, known: bool) -> bool:
+        """Whether less than this share of the run's minutes has passed; what comes too late is noted.
+
+        What the log knows from an earlier run takes no time.
+        """
+        if known or time.monotonic() - self._started < 60 * self._minutes * share:
             return True
         self._late.append(what)
         return False
 
+    def _measured(self, methods: Sequence[Method]) -> bool:
+        """Whether the log has a configuration at every length."""
+        specs = [m.spec for m in methods]
+        return all(self.judge.full(specs, n) for n in self.lengths)
+
     def _ask(self, recipes: Sequence[Sequence[str]]) -> None:
         """Each task at every length, the shortest prompts first."""
         for length, (name, count) in itertools.product(self.lengths, TASK_SAMPLES.items()):
-            if self._in_time(ASKED_BY, f"{name} at {length} tokens"):
+            asked = [self.log.of("task", recipe=[*r], task=name, length=length) for r in recipes]
+            known = all(len(rows) >= count for rows in asked)
+            if self._in_time(ASKED_BY, f"{name} at {length} tokens", known=known):
                 task = Task(name, length, count, self.options.seed)
                 score_task(self.measuring, self.loaded, self.text, recipes, task)
 
@@ -188,18 +205,22 @@ class Job:
         length = self.lengths[0]
         similar = self.lengths[-1] <= SIMILAR * length
         found: dict[Role, dict[str, list[Screened]]] = {role: {} for role in SURVIVORS}
-        for method in candidates:
-            if not self._in_time(SCREENED_BY, f"screening {method.spec}"):
+        for method in _by_turns(candidates):
+            tried = self.measuring.rows(recipe=[method.spec], length=length, stage="screen", status="ok")
+            # One that acts on prompts, whatever the time: with nothing to choose from, a run is of no use.
+            if found["prefill"] and not self._in_time(
+                SCREENED_BY, f"screening {method.spec}", known=bool(tried)
+            ):
                 continue
             self._tick(f"screening {method.spec}", length)
             self.measuring.measure_one([method], "method", length, stage="screen")
             rows = self.measuring.rows(recipe=[method.spec], length=length, stage="screen", status="ok")
             if rows:
                 row, role = rows[-1], next(r for r in SURVIVORS if r in method.roles)
-                tried = Screened(method, row["density"], self.judge.excess(row), relative_time(row))
-                if role in ("store", "linear") and similar and tried.time > SLOWEST:
+                setting = Screened(method, row["density"], self.judge.excess(row), relative_time(row))
+                if role in ("store", "linear") and similar and setting.time > SLOWEST:
                     continue
-                found[role].setdefault(method.card.slug, []).append(tried)
+                found[role].setdefault(method.card.slug, []).append(setting)
         survivors: list[list[Method]] = []
         for role, by_slug in found.items():
             # By loss where the tolerance is exceeded, else by time.
@@ -207,15 +228,22 @@ class Job:
             survivors += [_in_order(settings, role) for settings in ranked[: SURVIVORS[role]]]
         return survivors
 
-    def _measure_survivor(self, settings: Sequence[Method]) -> list[Method]:
-        """Measure a method's settings until one stays within the tolerance at every length."""
-        measured: list[Method] = []
-        for method in settings:
-            self.measuring.measure_all([method], "method")
-            measured.append(method)
-            if self.judge.within([method.spec]):
-                break
-        return measured
+    def _measure_survivors(self, settings: Sequence[Sequence[Method]]) -> list[Method]:
+        """Measure each method's settings until one stays within the tolerance at every length.
+
+        The likeliest come first, and one of them is measured whatever the time.
+        """
+        survivors: list[Method] = []
+        for some in settings:
+            for method in some:
+                known = not survivors or self._measured([method])
+                if not self._in_time(CHOSEN_BY, f"{method.spec} in full", known=known):
+                    break
+                self.measuring.measure_all([method], "method")
+                survivors.append(method)
+                if self.judge.within([method.spec]):
+                    break
+        return survivors
 
     def _controls(self, candidates: Sequence[Method]) -> list[Method]:
         """Controls at the density of the best prefill method: they show what its choice of pairs does."""

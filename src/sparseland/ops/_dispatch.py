@@ -115,14 +115,21 @@ def interpreting() -> bool:
 LONGEST_SIDE = 65535
 
 
-def why_no_triton(tensor: torch.Tensor) -> str | None:
-    """The reason Triton can't run on this tensor's device, or on so many heads ``[B, H, …]``; or None."""
+def why_no_triton(tensor: torch.Tensor, heads: int | None = None) -> str | None:
+    """The reason Triton can't run on this tensor's device, or number so many heads; or None.
+
+    Args:
+        heads: of each row of the batch; by default the second size of a tensor ``[B, H, N, D]``. 0 if a
+            kernel does not number them.
+    """
     if not has_triton():
         return "triton is not installed"
-    if tensor.dim() == 4 and tensor.shape[0] * tensor.shape[1] > LONGEST_SIDE:
+    if heads is None:
+        heads = tensor.shape[1] if tensor.dim() == 4 else 0
+    if heads and tensor.shape[0] * heads > LONGEST_SIDE:
         return (
-            f"a batch of {tensor.shape[0]} with {tensor.shape[1]} heads is more than the {LONGEST_SIDE} that "
-            "a grid numbers: split the batch"
+            f"a batch of {tensor.shape[0]} with {heads} heads is more than the {LONGEST_SIDE} that a grid "
+            "numbers: split the batch"
         )
     if tensor.device.type == "cuda":
         return None

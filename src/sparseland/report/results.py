@@ -26,7 +26,7 @@ class Results:
         tasks: single task items, right or wrong.
         inspections: recall, and seconds of selection and of computation, per recipe that acts on prompts.
         maps: attention maps with the computed pairs.
-        left_out: lengths and looks that there was no memory for.
+        left_out: what there was no memory or time for, since the newest run that came to a choice.
         choice: the chosen recipe, or None while the run is unfinished.
     """
 
@@ -108,6 +108,8 @@ def read_results(path: Path) -> Results:
         raise SparselandError(f"can't read {path}: {cause.strerror or cause}") from cause
     results = Results()
     newest: dict[tuple[Recipe, int], dict[str, Any]] = {}
+    left_out: list[tuple[int, dict[str, Any]]] = []  # with the number of the run
+    chose = 0  # the number of the newest run with a choice
     for at, line in enumerate(lines):
         if not line.strip():
             continue
@@ -120,7 +122,13 @@ def read_results(path: Path) -> Results:
         if not isinstance(row, dict):
             raise SparselandError(f"{path}, line {at + 1}: a JSON object is expected")
         _file(results, newest, row, f"{path}, line {at + 1}")
+        if row.get("kind") == "left_out":
+            left_out.append((len(results.runs), row))
+        elif row.get("kind") == "choice":
+            chose = len(results.runs)
     results.measurements = with_shared_decoding([*newest.values()])
+    # A rerun goes on with what the runs before it left out: once it has chosen, theirs is history.
+    results.left_out = [row for at, row in left_out if at >= chose]
     return results
 
 
@@ -132,7 +140,6 @@ def _file(
         if row.get("schema") != SCHEMA:
             raise SparselandError(f"{where}: schema {row.get('schema')!r}; this version reads {SCHEMA}")
         results.runs.append(row)
-        results.left_out.clear()  # a rerun goes on with what the runs before it left out
     elif kind == "measurement":
         if not isinstance(row.get("length"), int):
             raise SparselandError(f"{where}: a measurement without a whole number as length")
@@ -149,7 +156,5 @@ def _file(
         results.inspections.append(row)
     elif kind == "map":
         results.maps.append(row)
-    elif kind == "left_out":
-        results.left_out.append(row)
     elif kind == "choice":
         results.choice = row

@@ -25,19 +25,19 @@ __all__ = ["BITS", "label_scores", "new_labels", "row_width", "write_labels"]
 _HERE = "sparseland.ops.channel_labels"
 
 
-def _why_no_triton(x: Tensor) -> str | None:
+def _why_no_triton(x: Tensor, heads: int) -> str | None:
     if reason := why_not_float(x):
         return reason
     if interpreting() and x.dtype == torch.bfloat16:
         return "Triton's interpreter rounds bfloat16 otherwise"
-    return why_no_triton(x)
+    return why_no_triton(x, heads)
 
 
 _BACKENDS = (
-    Backend("cpu", f"{_HERE}.fast", on_cpu),
+    Backend("cpu", f"{_HERE}.fast", lambda x, _: on_cpu(x)),
     Backend("triton", f"{_HERE}.triton", _why_no_triton),
-    Backend("torch", f"{_HERE}.fast", lambda _: None),
-    Backend("reference", f"{_HERE}.reference", lambda _: None),
+    Backend("torch", f"{_HERE}.fast", lambda *_: None),
+    Backend("reference", f"{_HERE}.reference", lambda *_: None),
 )
 _TRITON = _BACKENDS[1]
 
@@ -79,7 +79,7 @@ def write_labels(
         raise SparselandError(
             f"write_labels: rows {at} to {at + k.shape[2]} were asked for, the cache has {rows.shape[2]}"
         )
-    chosen = choose("write_labels", _BACKENDS, backend, k)
+    chosen = choose("write_labels", _BACKENDS, backend, k, channels.shape[0])
     if not k.numel():
         return
     # Whole-tensor PyTorch needs no operator of its own: it would only make the call longer.
@@ -107,6 +107,9 @@ def label_scores(
         combine: ``mean`` or ``max`` for one score per label head, over the query heads that it serves.
         backend: ``triton``, ``cpu``, ``torch`` or ``reference``; by default the fastest that can.
 
+    Returns:
+        ``[B, Hq, N]``, with ``combine`` ``[B, H, N]``, float32.
+
     Raises:
         SparselandError: shapes or types don't fit, or the requested backend can't run the input.
     """
@@ -118,7 +121,7 @@ def label_scores(
     _check_cache("label_scores", rows, ranges, channels, bits, q.shape[0], q.dtype)
     if combine not in (None, "mean", "max"):
         raise SparselandError(f"label_scores: combine={combine!r} is not allowed; it must be mean or max")
-    chosen = choose("label_scores", _BACKENDS, backend, q)
+    chosen = choose("label_scores", _BACKENDS, backend, q, q.shape[1])
     score = _label_scores if chosen.name == "triton" else chosen.load().label_scores
     scores: Tensor = score(q.detach(), channels, bits, rows, ranges, first_key, combine)
     return scores

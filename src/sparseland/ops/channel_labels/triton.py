@@ -181,7 +181,7 @@ def _shared_scores(
 ):  # fmt: skip
     """The query heads that share a label head together: a row is unpacked once, tensor cores multiply.
 
-    Codes below 256, and ``1 + code / 16``, are exact in every half-precision type.
+    Codes below 256, and ``1 + code / 2**BITS``, are exact in every half-precision type.
     """
     PLANES: tl.constexpr = 1 if BITS == 16 else 8 // BITS
     i_b, i_h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparseland.errors import SparselandError
-from sparseland.ops._dispatch import Backend, choose, on_cpu, why_no_triton
+from sparseland.ops._dispatch import LONGEST_SIDE, Backend, choose, on_cpu, why_no_triton
 from sparseland.ops.top_values import fast, reference
 
 __all__ = ["covering", "top_indices", "top_mask"]
@@ -19,10 +19,13 @@ __all__ = ["covering", "top_indices", "top_mask"]
 _HERE = "sparseland.ops.top_values"
 # How far a row's sum may reach: sums are fixed-point numbers in the kernels, 2^-40 of a unit exact.
 LARGEST_SUM = 2.0**20
+# A side of a grid of programs that look at 4096 numbers each.
+LONGEST_ROW = LONGEST_SIDE * 4096
 
 BACKENDS = (
     Backend("cpu", f"{_HERE}.fast", on_cpu),
-    Backend("triton", f"{_HERE}.triton", why_no_triton),
+    # Grids number rows by their first side: there may be any number of them.
+    Backend("triton", f"{_HERE}.triton", lambda x: why_no_triton(x, heads=0)),
     Backend("torch", f"{_HERE}.fast", lambda _: None),
     Backend("reference", f"{_HERE}.reference", lambda _: None),
 )
@@ -48,8 +51,8 @@ def top_mask(
         ``[*batch, n]`` bool.
 
     Raises:
-        SparselandError: not float32, a row of 2^31 numbers or more, ``forced`` is negative, or the requested
-            backend can't run the input.
+        SparselandError: not float32, a row of more than 268,431,360 numbers, ``forced`` is negative, or the
+            requested backend can't run the input.
     """
     _check("top_mask", values)
     if forced < 0:
@@ -85,13 +88,15 @@ def top_indices(
         ``[*batch, most]`` int32; -1 behind the last of ``count``.
 
     Raises:
-        SparselandError: not float32, a row of 2^31 numbers or more, ``most`` is negative or more than a row
-            has, or the requested backend can't run the input.
+        SparselandError: not float32, a row of more than 268,431,360 numbers, ``most`` is negative or more
+            than a row has, or the requested backend can't run the input.
     """
     _check("top_indices", values)
     if not 0 <= most <= values.shape[-1]:
         raise SparselandError(f"top_indices: most={most}; a row of {values.shape[-1]} has 0 to so many")
     chosen = choose("top_indices", BACKENDS, backend, values)
+    if not most or not values.numel():
+        return values.new_empty((*values.shape[:-1], most), dtype=torch.int32)
     if count is not None:
         count = count.expand(values.shape[:-1])
     if chosen.name == "triton" or torch.compiler.is_compiling():
@@ -121,8 +126,8 @@ def covering(
         that never does, or that holds a number which is not finite, gives 0 and ``n + 1``: all.
 
     Raises:
-        SparselandError: not float32, a row of 2^31 numbers or more, or the requested backend can't run the
-            input.
+        SparselandError: not float32, a row of more than 268,431,360 numbers, or the requested backend can't
+            run the input.
     """
     _check("covering", weights)
     chosen = choose("covering", BACKENDS, backend, weights)
@@ -137,8 +142,8 @@ def covering(
 def _check(op: str, x: Tensor) -> None:
     if x.dim() < 1 or x.dtype != torch.float32:
         raise SparselandError(f"{op}: rows of float32 numbers are needed, got {x.dtype} {list(x.shape)}")
-    if x.shape[-1] >= 1 << 31:
-        raise SparselandError(f"{op}: a row may have up to 2^31 - 1 numbers, got {x.shape[-1]}")
+    if x.shape[-1] > LONGEST_ROW:
+        raise SparselandError(f"{op}: a row may have up to {LONGEST_ROW} numbers, got {x.shape[-1]}")
 
 
 @torch.library.custom_op("sparseland::top_mask", mutates_args=())

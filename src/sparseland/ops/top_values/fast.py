@@ -27,8 +27,6 @@ def top_indices(
 ) -> Int[Tensor, "*batch most"]:
     """``topk``, which takes any of equal values; where that leaves a choice, a stable sort."""
     shape = (*values.shape[:-1], most)
-    if not values.numel() or not most:
-        return torch.full(shape, -1, dtype=torch.int32, device=values.device)
     if values.device.type == "cpu":
         places = _larger_than_all_others(values.detach().reshape(-1, values.shape[-1]), most, count)
         if places is not None:
@@ -60,9 +58,11 @@ def _larger_than_all_others(
             return None
         return torch.from_numpy(places.astype(np.int32))
     wanted = count.reshape(-1, 1).clamp(0, most)
-    last = x.topk(most).values.gather(-1, (wanted - 1).clamp(min=0))
+    top = x.topk(most).values
+    last = top.gather(-1, (wanted - 1).clamp(min=0))
     mask = (x >= last) & (wanted > 0)
-    if not torch.equal(mask.sum(-1, keepdim=True), wanted):
+    # A NaN, which comes first, is not as large as any number: the count would be another's.
+    if top[:, 0].isnan().any() or not torch.equal(mask.sum(-1, keepdim=True), wanted):
         return None
     listed = torch.full((rows, most), -1, dtype=torch.int32)
     listed[torch.arange(most) < wanted] = torch.from_numpy(np.flatnonzero(mask.numpy()) % n).to(torch.int32)

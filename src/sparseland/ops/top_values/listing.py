@@ -35,7 +35,7 @@ _APART = tl.constexpr(64)
 _MARGIN = 4.0
 _LEAST = tl.constexpr(-2147483648)
 _MOST = tl.constexpr(2147483647)
-_UNSPECIALIZED = ["n", "wanted", "per_slice", "step", "most"]
+_UNSPECIALIZED = ["n", "wanted", "per_slice", "most"]
 
 
 @triton.jit
@@ -125,16 +125,17 @@ def _list_short(x, count, out, n, wanted, most, HAS_COUNT: tl.constexpr, BN: tl.
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _bracket(
-    x, count, bounds, held, n, wanted, step, MARGIN: tl.constexpr, HAS_COUNT: tl.constexpr, BS: tl.constexpr
+    x, count, bounds, held, n, wanted, MARGIN: tl.constexpr, HAS_COUNT: tl.constexpr, BS: tl.constexpr
 ):  # fmt: skip
-    """Keys above and below the last one, from every ``step``-th value."""
+    """Keys above and below the last one, from BS values at equal distances."""
     i_row = tl.program_id(0).to(tl.int64)
     wanted = _count(count, wanted, i_row, HAS_COUNT)
     share = wanted.to(tl.float32) / n
     off = MARGIN * tl.sqrt(BS * share * (1.0 - share)) + 2.0
     upper = (share * BS - off).to(tl.int32)
     lower = (share * BS + off).to(tl.int32) + 1
-    key = ordered_keys(tl.load(x + i_row * n + tl.arange(0, BS) * step))
+    i_x = tl.arange(0, BS).to(tl.int64) * n // BS
+    key = ordered_keys(tl.load(x + i_row * n + i_x))
     least, largest = tl.min(key, 0).to(tl.int64), tl.max(key, 0).to(tl.int64) + 1
     # The keys of two ranks by halving, both at once: two counts of at most 2^14 fit into one sum. A 2^-20th
     # of the interval is near enough.
@@ -268,15 +269,14 @@ def top_indices(values: Tensor, most: int, count: Tensor | None, short: int = _S
         _list_short[(n_rows,)](x, count, out, n, most, most, BN=BN, num_warps=4 if BN <= 2048 else 8, **known)
         return out
     slices, sample, room = (32, 4096, 8192) if n <= 1 << 18 else (64, 16384, 32768)
+    room = min(room, triton.next_power_of_2(triton.cdiv(n, 4)))
     tile = min(_TILE, max(128, triton.next_power_of_2(triton.cdiv(n, slices))))
     sample = min(sample, 1 << (n.bit_length() - 1))
     per_slice = triton.cdiv(triton.cdiv(n, slices), tile) * tile
     parts = [n_rows * part for part in (_APART.value, 2, 1, slices, slices, room, room)]
     numbers = torch.empty(sum(parts), dtype=torch.int32, device=x.device)
     held, bounds, last, larger, ties, copies, owners = numbers.split(parts)
-    _bracket[(n_rows,)](
-        x, count, bounds, held, n, most, n // sample, MARGIN=_MARGIN, BS=sample, num_warps=8, **known
-    )
+    _bracket[(n_rows,)](x, count, bounds, held, n, most, MARGIN=_MARGIN, BS=sample, num_warps=8, **known)
     _collect[(n_rows, slices)](
         x, bounds, held, copies, owners, larger, ties, n, per_slice, ROOM=room, BN=tile, num_warps=4
     )

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 _ROWS = 256
-# Scores that are held at a time: 1 GiB in float32.
+# Batches are cut so that a tensor of scores has at most so many numbers (1 GiB in float32, two are held),
+# where a row of the batch has no more by itself.
 _SCORES = 1 << 28
 
 
