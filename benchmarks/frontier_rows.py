@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from sparseland.recipe import write_atomically
-from sparseland.report.results import with_shared_decoding
+from sparseland.report.results import read_results, with_shared_decoding
 
 SHOWN = (
     "label", "role", "stage", "length", "status", "density", "decode_density", "loss", "dense_loss",
@@ -24,6 +24,7 @@ kept = {
     "choice": [row for row in rows if row["kind"] == "choice"][-1],
     "drift": [row for row in rows if row["kind"] == "drift"],
     "tasks": [row for row in rows if row["kind"] == "task"],
+    "left_out": read_results(options.results).left_out,
     "rows": [
         {n: r[n] for n in SHOWN if n in r}
         for r in with_shared_decoding([r for r in rows if r["kind"] == "measurement"])

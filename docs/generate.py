@@ -269,7 +269,8 @@ def frontier_table(run: dict[str, Any]) -> str:
     lines += [
         "",
         f"Chosen (bold): {choice['reason']}. {choice['length']} tokens, {run['model']['dtype']}, "
-        f"{run['threads']} threads; {machine}; {run['date'][:10]}.",
+        f"{run['threads']} threads; {machine}; {run['date'][:10]}."
+        + "".join(f" Left out ({row['reason']}): {row['what']}." for row in run.get("left_out", ())),
     ]
     return "\n".join(lines)
 

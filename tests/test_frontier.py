@@ -49,7 +49,9 @@ def run(options):
     root = options.out.parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "TASK_SAMPLES", {})  # needles need a model that can read
-        patch.setattr(job, "SLOWEST", float("inf"))  # times of tiny models tell nothing
+        # Times of tiny models tell nothing.
+        patch.setattr(job, "SLOWEST", float("inf"))
+        patch.setattr(job, "SLOWEST_PROMPT", float("inf"))
         result = frontier.run(options)
         rows = [json.loads(line) for line in (root / "out" / "results.jsonl").read_text().splitlines()]
         steps = []
@@ -149,6 +151,8 @@ def test_memory_that_does_not_suffice_is_noted_and_the_run_goes_on(options, tmp_
 def test_when_its_minutes_are_over_a_run_chooses_and_says_what_it_left_out(options, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "TASK_SAMPLES", {"needle": 1})
     monkeypatch.setattr(job, "SCREENED_BY", 1.0)
+    for limit in ("SLOWEST", "SLOWEST_PROMPT"):  # times of tiny models tell nothing
+        monkeypatch.setattr(job, limit, float("inf"))
     # All are screened (the first without a look at the clock), then the 11th minute has come.
     clock = iter([0.0, *[30.0] * (len(METHODS) - 1)])
     monkeypatch.setattr(job, "time", SimpleNamespace(monotonic=lambda: next(clock, 60 * 11.0)))
@@ -164,6 +168,8 @@ def test_when_its_minutes_are_over_a_run_chooses_and_says_what_it_left_out(optio
 
     monkeypatch.undo()
     monkeypatch.setattr(job, "TASK_SAMPLES", {})
+    for limit in ("SLOWEST", "SLOWEST_PROMPT"):
+        monkeypatch.setattr(job, limit, float("inf"))
     more = frontier.run(replace(options, minutes=0))
     assert {tuple(r["recipe"]) for r in more.rows if r["stage"] == "full"} > full
     assert not any("Left out" in s for s in verdict(read_results(tmp_path / "out" / "results.jsonl")))
@@ -173,6 +179,20 @@ def test_when_its_minutes_are_over_a_run_chooses_and_says_what_it_left_out(optio
     again = frontier.run(options)
     assert again.choice == more.choice
     assert not any("Left out" in s for s in verdict(read_results(tmp_path / "out" / "results.jsonl")))
+
+
+def test_settings_that_were_not_tried_follow_those_that_lose_too_much(options, tmp_path, monkeypatch):
+    """The first is screened, its method's others come too late: they are measured after it in full."""
+    monkeypatch.setattr(job, "TASK_SAMPLES", {})
+    monkeypatch.setattr(job, "SLOWEST_PROMPT", float("inf"))
+    monkeypatch.setattr(job, "SCREENED_BY", 0.0)
+    options = replace(options, out=tmp_path / "out", minutes=60.0, tolerance=0.0)
+    monkeypatch.setattr(job.Judge, "within", lambda self, specs: "0.9" in specs[0])
+    rows = frontier.run(options).rows
+    tried = [
+        r["recipe"][0] for r in rows if r["stage"] == "full" and r["role"] == "method" and r["length"] == 256
+    ]
+    assert tried == [parse_spec(m).spec for m in METHODS[:3]]
 
 
 def test_what_was_left_out_is_said_until_another_run_has_chosen(tmp_path):
@@ -191,7 +211,7 @@ def test_what_was_left_out_is_said_until_another_run_has_chosen(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "limit"),
-    [({}, 11), ({"minutes": 5.0}, 5), ({"minutes": 0.0}, math.inf), ({"lengths": [512]}, math.inf)],
+    [({}, 13), ({"minutes": 5.0}, 5), ({"minutes": 0.0}, math.inf), ({"lengths": [512]}, math.inf)],
 )
 def test_only_the_default_run_has_a_limit_of_its_own(given, limit):
     assert time_limit(frontier.FrontierOptions(**given)) == limit

@@ -74,6 +74,39 @@ def test_long_rows_listed_by_several_programs(most: int, with_count: bool) -> No
     assert torch.equal(got, top_indices(x, most, count, backend="reference"))
 
 
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(
+    ("rows", "most", "expected"),
+    [
+        ([[torch.nan, 1.0, 1.0, 0.0]], 2, [[0, 1]]),  # as many 1s as places, but NaN comes first
+        ([[1.0, 1.0, 0.0], [torch.nan, 0.0, 1.0]], 1, [[0], [0]]),  # one too many and one too few
+        ([[-0.0, -1.0, 0.0, 0.0]], 2, [[0, 2]]),  # zeros are equal
+        ([[-torch.inf, -torch.inf, -torch.inf]], 2, [[0, 1]]),
+    ],
+)
+def test_equal_values_and_nan(
+    rows: list[list[float]], most: int, expected: list[list[int]], backend: str
+) -> None:
+    x = torch.tensor(rows, device=DEVICE)
+    assert top_indices(x, most, backend=backend).tolist() == expected
+    count = torch.tensor(most, device=DEVICE)
+    assert top_indices(x, x.shape[1], count, backend=backend)[:, :most].tolist() == expected
+    shared = top_indices(x.t().contiguous().t(), most, backend=backend)
+    assert shared.tolist() == expected
+
+
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+def test_no_places_no_rows(backend: str) -> None:
+    for shape, most in (((3, 0), 0), ((3, 5), 0), ((0, 5), 2)):
+        assert top_indices(torch.empty(shape, device=DEVICE), most, backend=backend).shape == (shape[0], most)
+
+
+def test_very_long_rows_are_sampled_more_and_cut_finer() -> None:
+    x = torch.randn(1, (1 << 18) + 1001, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    x[:, -500:] += 9
+    assert torch.equal(listing.top_indices(x, 9000, None), top_indices(x, 9000, backend="torch"))
+
+
 def test_a_misleading_sample_only_costs_time() -> None:
     x = torch.rand(1, 8192, generator=torch.Generator().manual_seed(4))
     x[:, ::2] += 5  # a sample of 4096 takes every other value

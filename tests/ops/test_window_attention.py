@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -168,7 +169,14 @@ def test_gradients(case: tuple[int, ...], backend: str) -> None:
 @pytest.mark.parametrize("backend", FAST)
 def test_gradients_row_by_row(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches whose scores would need too much memory together."""
-    results = []
+    results, batches = [], []
+    whole = backward.window_attention_backward
+
+    def noted(d_out: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        batches.append(len(d_out))
+        return whole(d_out, *rest)
+
+    monkeypatch.setattr(backward, "window_attention_backward", noted)
     for limit in (1 << 28, 1):
         monkeypatch.setattr(backward, "_SCORES", limit)
         q, k, v = (x.detach().requires_grad_() for x in inputs((3, 4, 2, 70, 80, 16, 2, 30)))
@@ -176,19 +184,30 @@ def test_gradients_row_by_row(backend: str, monkeypatch: pytest.MonkeyPatch) -> 
         results.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want)
+    assert batches == [3, 3, 1, 1, 1]
 
 
 @pytest.mark.parametrize("limited", ["elements", "heads"])
 @pytest.mark.parametrize("shape", [(5, 4, 2, 30, 30), (1, 6, 3, 30, 30), (2, 6, 3, 30, 30)])
-def test_dense_attention_of_what_kernels_can_not_count(shape: tuple[int, ...], limited: str) -> None:
+def test_dense_attention_of_what_kernels_can_not_count(
+    shape: tuple[int, ...], limited: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Cut by the batch, or by key heads: here as if the limit were one key head with its query heads."""
     q, k, v = inputs((*shape, 16, 0, 0))
     group = shape[1] // shape[2]
+    sizes, attend = [], sdpa._attend
+
+    def noted(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+        sizes.append((*q.shape[:2], k.shape[1]))
+        return attend(q, k, v, scale)
+
+    monkeypatch.setattr(sdpa, "_attend", noted)
     limits = {"most": q[:1, :group].numel()} if limited == "elements" else {"most_heads": group}
     out, lse = sdpa.window_attention(q, k, v, 0, 30, 0.25, **limits)
     assert lse is None
     want = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)
     assert_close("out", out, want, torch.float32)
+    assert sizes == [(1, group, 1)] * (shape[0] * shape[2])
 
 
 def test_dense_default_is_differentiable() -> None:

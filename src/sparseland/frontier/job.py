@@ -35,9 +35,11 @@ SCREEN_ABOVE = 8
 # the tokens would not turn that round.
 SLOWEST = 1.25
 SIMILAR = 4
+# What reads a prompt so much slower than dense has further to go than that.
+SLOWEST_PROMPT = 1.5
 SURVIVORS: dict[Role, int] = {"prefill": 3, "select": 1, "store": 1, "linear": 1}
 # Shares of a run's minutes after which no more is screened, measured for the choice, or asked of tasks.
-SCREENED_BY, CHOSEN_BY, ASKED_BY = 0.35, 0.7, 0.9
+SCREENED_BY, CHOSEN_BY, ASKED_BY = 0.4, 0.75, 0.9
 
 Progress = Callable[[str, float], None]
 
@@ -72,6 +74,13 @@ def _in_order(settings: Sequence[Screened], role: Role) -> list[Method]:
     if role == "prefill" and fit:
         return [t.method for t in sorted(fit, key=lambda t: (t.density, t.time))]
     return [min(settings, key=lambda t: (t.excess, t.time)).method]
+
+
+def _hopeless(role: Role, row: dict[str, Any], time: float) -> bool:
+    """Whether a setting is so slow on a short prompt that a similar one would not turn it round."""
+    if role == "prefill":
+        return time > 1 and row["prefill_s"] > SLOWEST_PROMPT * row["dense_prefill_s"]
+    return role in ("store", "linear") and time > SLOWEST
 
 
 def _by_turns(candidates: Sequence[Method]) -> list[Method]:
@@ -205,12 +214,14 @@ class Job:
         length = self.lengths[0]
         similar = self.lengths[-1] <= SIMILAR * length
         found: dict[Role, dict[str, list[Screened]]] = {role: {} for role in SURVIVORS}
+        skipped: list[Method] = []
         for method in _by_turns(candidates):
             tried = self.measuring.rows(recipe=[method.spec], length=length, stage="screen", status="ok")
             # One that acts on prompts, whatever the time: with nothing to choose from, a run is of no use.
             if found["prefill"] and not self._in_time(
                 SCREENED_BY, f"screening {method.spec}", known=bool(tried)
             ):
+                skipped.append(method)
                 continue
             self._tick(f"screening {method.spec}", length)
             self.measuring.measure_one([method], "method", length, stage="screen")
@@ -218,7 +229,7 @@ class Job:
             if rows:
                 row, role = rows[-1], next(r for r in SURVIVORS if r in method.roles)
                 setting = Screened(method, row["density"], self.judge.excess(row), relative_time(row))
-                if role in ("store", "linear") and similar and setting.time > SLOWEST:
+                if similar and _hopeless(role, row, setting.time):
                     continue
                 found[role].setdefault(method.card.slug, []).append(setting)
         survivors: list[list[Method]] = []
@@ -226,7 +237,9 @@ class Job:
             # By loss where the tolerance is exceeded, else by time.
             ranked = sorted(by_slug.values(), key=lambda settings: min((t.excess, t.time) for t in settings))
             survivors += [_in_order(settings, role) for settings in ranked[: SURVIVORS[role]]]
-        return survivors
+        # Settings that there was no time to try: a grid's later ones leave less out, and are tried if those
+        # before them lose too much.
+        return [[*some, *(m for m in skipped if m.card.slug == some[0].card.slug)] for some in survivors]
 
     def _measure_survivors(self, settings: Sequence[Sequence[Method]]) -> list[Method]:
         """Measure each method's settings until one stays within the tolerance at every length.
