@@ -38,8 +38,8 @@ SIMILAR = 4
 # What reads a prompt so much slower than dense has further to go than that.
 SLOWEST_PROMPT = 1.5
 SURVIVORS: dict[Role, int] = {"prefill": 3, "select": 1, "store": 1, "linear": 1}
-# Shares of a run's minutes after which no more is screened, measured for the choice, or asked of tasks.
-SCREENED_BY, CHOSEN_BY, ASKED_BY = 0.4, 0.75, 0.9
+# Shares of a run's minutes after which no more is screened, or measured for the choice.
+SCREENED_BY, CHOSEN_BY = 0.4, 0.75
 
 Progress = Callable[[str, float], None]
 
@@ -138,7 +138,7 @@ class Job:
         chosen = [parse_spec(s) for s in choice["recipe"]]
         # The choice stands; a look that does not fit into memory or time is left out.
         self._look("maps", lambda: draw_maps(measuring, chosen, survivors))
-        if self._in_time(ASKED_BY, "recall", known=bool(self.log.of("inspection"))):
+        if self._in_time(1.0, "recall", known=bool(self.log.of("inspection"))):
             self._look("recall", lambda: inspect(measuring, survivors))
         self._look("tasks", lambda: self._ask(recipes))
         for control in self._controls(survivors):
@@ -191,7 +191,7 @@ class Job:
         for length, (name, count) in itertools.product(self.lengths, TASK_SAMPLES.items()):
             asked = [self.log.of("task", recipe=[*r], task=name, length=length) for r in recipes]
             known = all(len(rows) >= count for rows in asked)
-            if self._in_time(ASKED_BY, f"{name} at {length} tokens", known=known):
+            if self._in_time(1.0, f"{name} at {length} tokens", known=known):
                 task = Task(name, length, count, self.options.seed)
                 score_task(self.measuring, self.loaded, self.text, recipes, task)
 
