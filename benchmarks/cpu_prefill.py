@@ -23,9 +23,7 @@ from sparseland.recipe import write_atomically
 from sparseland.tasks.loss import cross_entropy
 from sparseland.tasks.text import default_text, tokenize, windows
 
-SPECS = [
-    f"flexprefill:gamma=0.95,tau=1,block_size=64,neighbours=1,min_budget={budget}" for budget in (512, 1024)
-]
+SPECS = ["flexprefill:gamma=0.95,tau=1,block_size=64,min_budget=1024"]
 CALIBRATION_TOKENS = 2048
 CPU = torch.device("cpu")
 

@@ -173,11 +173,14 @@ def _which_gpu() -> list[dict[str, Any]]:
         if not (path := RESULTS / name).exists():
             continue
         data = read(path)
-        known = {(r["shape"], r["length"], r["method"]) for r in data["rows"]}
         # Settings that were measured later, on the same inputs, with dense of that run: marked in the table.
-        fresh = [r for r in later if (r["shape"], r["length"], r["method"]) not in known]
-        places = {place[:2] for place in known}
-        data["rows"] += [{**r, "later": True} for r in fresh if (r["shape"], r["length"]) in places]
+        known = {(r["shape"], r["length"], r["method"]) for r in data["rows"]}
+        inputs = {place[:2] for place in known}
+        data["rows"] += [
+            {**r, "later": True}
+            for r in later
+            if (r["shape"], r["length"]) in inputs and (r["shape"], r["length"], r["method"]) not in known
+        ]
         lengths = {r["length"] for r in data["rows"]} - seen
         parts += _gpu_parts(data, lengths)
         seen |= lengths
@@ -406,7 +409,7 @@ def curves_section(slug: str, claim: dict[str, Any], tasks: Sequence[Task]) -> s
         words.append("Loss and accuracy are of held-out sequences.")
     if any("kl" in task.curves for task in tasks):
         words.append("A point is the mean of the training steps since the one before.")
-    if seeds := max(task.seeds for task in tasks) if any(task.seeds > 1 for task in tasks) else 0:
+    if (seeds := max(task.seeds for task in tasks)) > 1:
         words.append(
             f"Where {seeds} seeds ran, lines are medians and bars go from the lowest to the highest."
         )

@@ -242,16 +242,16 @@ class LabelState(SelectState):
         if self.channels is None:
             return
         self.channels = self.channels.to(new.device)  # once: a later step finds it there
-        need = self._length + new.shape[2]
-        if self._buffer is None or need > self._buffer.shape[2]:
+        if (capacity := self._room_for(new.shape[2])) is not None:
             old = self._buffer, self._ranges
-            made = new_labels(new, self.channels, self.bits, max(need, 2 * self._length))
+            made = new_labels(new, self.channels, self.bits, capacity)
             for kept, grown in zip(old, made, strict=True):
                 if kept is not None and grown is not None:
                     grown[:, :, : self._length] = kept[:, :, : self._length]
             self._buffer, self._ranges = made
+        assert self._buffer is not None
         write_labels(new, self.channels, self.bits, self._buffer, self._ranges, self._length)
-        self._length = need
+        self._length += new.shape[2]
 
     def scores(
         self,

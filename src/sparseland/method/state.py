@@ -34,15 +34,21 @@ class SelectState:
 
     def push(self, new: Float[torch.Tensor, "B H n C"]) -> None:
         """Append rows."""
-        need = self._length + new.shape[2]
-        if self._buffer is None or need > self._buffer.shape[2]:
-            capacity = max(need, 2 * self._length)
+        if (capacity := self._room_for(new.shape[2])) is not None:
             grown = new.new_empty(*new.shape[:2], capacity, new.shape[3])
             if self._buffer is not None:
                 grown[:, :, : self._length] = self.rows
             self._buffer = grown
-        self._buffer[:, :, self._length : need] = new
-        self._length = need
+        assert self._buffer is not None
+        self._buffer[:, :, self._length : self._length + new.shape[2]] = new
+        self._length += new.shape[2]
+
+    def _room_for(self, more: int) -> int | None:
+        """Rows of the larger buffer that ``more`` rows need, at least twice those now; None: they fit."""
+        need = self._length + more
+        if self._buffer is not None and need <= self._buffer.shape[2]:
+            return None
+        return max(need, 2 * self._length)
 
     def reorder(self, index: Int[torch.Tensor, " B"]) -> None:
         """Follow a beam search that keeps rows ``index`` of the batch."""

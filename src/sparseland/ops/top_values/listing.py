@@ -108,9 +108,9 @@ def _last_key_of_row(x, n, wanted, BN: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def _list_short(x, count, out, n, wanted, most, HAS_COUNT: tl.constexpr, BN: tl.constexpr):
+def _list_short(x, count, out, n, most, HAS_COUNT: tl.constexpr, BN: tl.constexpr):
     i_row = tl.program_id(0).to(tl.int64)
-    wanted = _count(count, wanted, i_row, HAS_COUNT)
+    wanted = _count(count, most, i_row, HAS_COUNT)
     if wanted <= 0:
         return
     i_x = _places(0, BN)
@@ -224,11 +224,11 @@ def _settle(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _list_slices(
-    x, count, larger, ties, last_key, out, n, wanted, most, per_slice,
+    x, count, larger, ties, last_key, out, n, most, per_slice,
     HAS_COUNT: tl.constexpr, SLICES: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
-    wanted = _count(count, wanted, i_row, HAS_COUNT)
+    wanted = _count(count, most, i_row, HAS_COUNT)
     if wanted <= 0:
         return
     i_slice = tl.arange(0, SLICES)
@@ -251,7 +251,10 @@ def _list_slices(
 
 
 def top_indices(values: Tensor, most: int, count: Tensor | None, short: int = _SHORT) -> Tensor:
-    """See :func:`sparseland.ops.top_values.top_indices`; rows of up to ``short`` values take one program."""
+    """See :func:`sparseland.ops.top_values.top_indices`; there are rows, and places are wanted.
+
+    Rows of up to ``short`` values take one program.
+    """
     n = values.shape[-1]
     x = values.contiguous()
     n_rows = math.prod(values.shape[:-1])
@@ -261,12 +264,10 @@ def top_indices(values: Tensor, most: int, count: Tensor | None, short: int = _S
     else:
         count = count.contiguous()
         out = torch.full(shape, -1, dtype=torch.int32, device=x.device)
-    if not n_rows or not most:
-        return out
     known = {"HAS_COUNT": count is not None}
     if n <= short:
         BN = max(32, triton.next_power_of_2(n))
-        _list_short[(n_rows,)](x, count, out, n, most, most, BN=BN, num_warps=4 if BN <= 2048 else 8, **known)
+        _list_short[(n_rows,)](x, count, out, n, most, BN=BN, num_warps=4 if BN <= 2048 else 8, **known)
         return out
     slices, sample, room = (32, 4096, 8192) if n <= 1 << 18 else (64, 16384, 32768)
     room = min(room, triton.next_power_of_2(triton.cdiv(n, 4)))
@@ -286,6 +287,6 @@ def top_indices(values: Tensor, most: int, count: Tensor | None, short: int = _S
         ROOM=room, BN=tile, num_warps=16 if room <= 8192 else 32, **known,
     )  # fmt: skip
     _list_slices[(n_rows, slices)](
-        x, count, larger, ties, last, out, n, most, most, per_slice, BN=tile, num_warps=4, **known
+        x, count, larger, ties, last, out, n, most, per_slice, BN=tile, num_warps=4, **known
     )
     return out
