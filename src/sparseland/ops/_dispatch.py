@@ -8,6 +8,7 @@ can). The order of the list is the order of speed. ``backend=...`` and the envir
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -55,7 +56,7 @@ class Backend:
     """One implementation of an op.
 
     Args:
-        name: ``reference``, ``cpu``, ``triton`` or ``fa4``.
+        name: ``reference``, ``cpu``, ``triton``, ``gluon`` or ``fa4``.
         module: where its functions live, e.g. ``sparseland.ops.block_sparse_attention.triton``.
         why_not: called with the op's arguments; the reason it can't run them, or None.
     """
@@ -97,8 +98,17 @@ def choose(
     raise SparselandError(f"{op}: no backend can run this input ({'; '.join(reasons)})")
 
 
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 # Looked up once, here: torch.compile can't trace the look-up. Nothing is imported.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON_VERSION = _triton_version()
+_GLUON_TRITON = "3.6."  # Gluon's interface is not stable between Triton's releases
 
 
 def has_triton() -> bool:
@@ -136,6 +146,17 @@ def why_no_triton(tensor: torch.Tensor, heads: int | None = None) -> str | None:
     if interpreting():
         return None
     return f"triton needs a CUDA device, the input is on {tensor.device.type}"
+
+
+def why_no_gluon(tensor: torch.Tensor) -> str | None:
+    """The reason a Gluon kernel for Hopper can't run on this tensor's device, or None."""
+    if tensor.device.type != "cuda":
+        return f"it needs a CUDA device, the input is on {tensor.device.type}"
+    if not (_TRITON_VERSION or "").startswith(_GLUON_TRITON):
+        return f"it needs triton {_GLUON_TRITON}x, found {_TRITON_VERSION or 'none'}"
+    if torch.cuda.get_device_capability(tensor.device)[0] != 9:
+        return "it is made for compute capability 9.0 (Hopper)"
+    return None
 
 
 def why_not_float(tensor: torch.Tensor) -> str | None:

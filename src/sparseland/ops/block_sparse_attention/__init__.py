@@ -23,6 +23,7 @@ from sparseland.ops._dispatch import (
     choose,
     interpreting,
     on_cpu,
+    why_no_gluon,
     why_no_triton,
     why_not_float,
 )
@@ -32,7 +33,6 @@ __all__ = ["block_sparse_attention"]
 
 _OP = "block_sparse_attention"
 _FA4_VERSION = "4.0.0b36"  # its block-sparse interface is not stable between betas
-_GLUON_TRITON = "3.6."  # Gluon's interface is not stable between Triton's releases
 
 
 @cache
@@ -59,21 +59,9 @@ def _why_not_fa4(q: Tensor, block_size: int) -> str | None:
     return None
 
 
-@cache
-def _triton_version() -> str | None:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _why_not_gluon(q: Tensor, block_size: int) -> str | None:
-    if q.device.type != "cuda":
-        return f"it needs a CUDA device, the input is on {q.device.type}"
-    if not (_triton_version() or "").startswith(_GLUON_TRITON):
-        return f"it needs triton {_GLUON_TRITON}x, found {_triton_version() or 'none'}"
-    if torch.cuda.get_device_capability(q.device)[0] != 9:
-        return "it is made for compute capability 9.0 (Hopper)"
+    if reason := why_no_gluon(q):
+        return reason
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it needs bfloat16 or float16, got {q.dtype}"
     if block_size != 128:

@@ -10,8 +10,9 @@ With tiles of 64 queries and 32 keys, per query head::
     kept       the tiles with some e_ij > T_i: a relative attention score exp(e_ij) / sum above tau
 
 Source: Ji et al. 2025, "SALE: Low-bit Estimation for Efficient Sparse Attention in Long-context LLM
-Prefilling", section 3. Backends: ``triton`` (int8 tensor cores hold the 4-bit numbers); ``cpu`` and
-``torch`` (one module of whole-tensor PyTorch); ``reference``. Nothing here has a gradient.
+Prefilling", section 3. Backends: ``gluon`` (Hopper) and ``triton``, where 8-bit tensor cores hold the 4-bit
+numbers and estimates are compared in float16, as in the authors' kernels; ``cpu`` and ``torch`` (one module
+of whole-tensor PyTorch); ``reference``. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from sparseland.ops._dispatch import (
     interpreting,
     loaded,
     on_cpu,
+    why_no_gluon,
     why_no_triton,
 )
 from sparseland.ops.lowbit_scores.tiles import ROWS, kept_tiles, n_words
@@ -48,8 +50,15 @@ def _why_no_triton(q: Tensor) -> str | None:
     return why_no_triton(q)
 
 
+def _why_no_gluon(q: Tensor) -> str | None:
+    if not 32 < q.shape[3] <= 128:
+        return f"head size {q.shape[3]} is not one of 33 to 128"
+    return why_no_gluon(q) or why_no_triton(q)
+
+
 BACKENDS = (
     Backend("cpu", f"{_HERE}.fast", on_cpu),
+    Backend("gluon", f"{_HERE}.gluon", _why_no_gluon),
     Backend("triton", f"{_HERE}.triton", _why_no_triton),
     Backend("torch", f"{_HERE}.fast", lambda *_: None),
     Backend("reference", f"{_HERE}.reference", lambda *_: None),
@@ -73,7 +82,7 @@ def lowbit_tiles(
         k: keys ``[B, Hkv, Nk, D]``, Hq a multiple of Hkv.
         tau: smallest relative attention score that counts, per query head, ``[Hq]`` float32; 0 keeps all.
         scale: factor on the logits; ``1 / sqrt(D)`` by default.
-        backend: ``cpu``, ``triton``, ``torch`` or ``reference``; by default the fastest that can.
+        backend: ``cpu``, ``gluon``, ``triton``, ``torch`` or ``reference``; by default the fastest that can.
 
     Returns:
         ``[B, Hq, Mq, W]`` int32, ``Mq = ceil(Nq / 64)``: tile ``t`` of 32 keys is bit ``(t - 1) % 32`` of

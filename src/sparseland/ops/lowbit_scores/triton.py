@@ -1,17 +1,21 @@
 """The low-bit estimate in Triton: 4-bit numbers in 8-bit tensor cores, bits out.
 
 Three kernels make the factors (keys; queries with their thresholds; both read once) and the bits: a program
-of the third keeps a tile of queries and streams all keys between sink and local ones past it, 128 at a
-time. Each row gathers one bit per tile of 32 keys; every 1024 keys the rows' words are or-ed together, so
-that what is written is N^2 / 2048 / 8 bytes a head. A fourth kernel turns bits into lists.
+of the third keeps a tile of queries and streams all keys between sink and local ones past it. Each row
+gathers one bit per tile of 32 keys; every 1024 keys the rows' words are or-ed together, so that what is
+written is N^2 / 2048 / 8 bytes a head. A fourth kernel turns bits into lists.
 
-Hopper has no 4-bit tensor cores. Whole numbers up to 7 are exact in float8 too, and so are their sums (below
-2^14): where a card multiplies float8, the product is a float32 already, and no score has to be converted.
+Hopper has no 4-bit tensor cores. Whole numbers up to 7 are exact in float8 too. Products, scales and
+thresholds are float16, two in a register: what is left to do for each score costs as much as the product.
+Float16 holds whole numbers up to 2048; the products above them are rounded by a 2048th, which is far below
+what the 4 bits lost.
 """
 
 # mypy: ignore-errors
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,6 +31,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 _ROUND = tl.constexpr(12582912.0)
 _ROWS, _KEYS, _LOCAL = tl.constexpr(ROWS), tl.constexpr(KEYS), tl.constexpr(LOCAL)
 _SEGMENT, _WORD = tl.constexpr(SEGMENT), tl.constexpr(WORD)
+_LARGEST = tl.constexpr(65504.0)  # of float16
 
 
 @triton.jit
@@ -38,8 +43,14 @@ def _n_judged(block, n_queries, n_keys):
 
 @triton.jit
 def _padded(n_keys):
-    """Columns of a head: what starts a head is aligned for wide loads."""
-    return (n_keys + 15) // 16 * 16
+    """Numbers per head: whole tiles."""
+    return (n_keys + _KEYS - 1) // _KEYS * _KEYS
+
+
+@triton.jit
+def _stored(i_n):
+    """Where a key's number lies: what a thread of the product needs of a tile is one piece of 16 bytes."""
+    return i_n // _KEYS * _KEYS + i_n % 8 // 2 * 8 + i_n % _KEYS // 8 * 2 + i_n % 2
 
 
 @triton.jit
@@ -59,10 +70,10 @@ def _quantize(b_x):
 
 @triton.jit(do_not_specialize=["n_keys"])
 def _keys(
-    k, k_mean, q_mean, k4, columns, stride_kb, stride_kh, stride_kn, Hkv, G, n_keys, D, scale,
+    k, k_mean, q_mean, unit, k4, k_scale, shift, stride_kb, stride_kh, stride_kn, Hkv, G, n_keys, D, scale,
     BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """4-bit keys ``[B * Hkv, Nk, BD]``, and per query head their scales and ``scale c_j``, side by side."""
+    """4-bit keys ``[B * Hkv, Nk, BD]``, their scales in ``unit`` s, and per query head ``scale c_j``."""
     i_bh = tl.program_id(1).to(tl.int64)
     i_n, i_d = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BD)
     b_here, b_dim = i_n < n_keys, i_d < D
@@ -74,15 +85,15 @@ def _keys(
     tl.store(
         k4 + i_bh * n_keys * BD + at * BD + i_d[None, :], b_k4.to(k4.dtype.element_ty), mask=b_here[:, None]
     )
+    b_scale /= tl.load(unit + i_bh)
+    tl.store(k_scale + i_bh * _padded(n_keys) + _stored(i_n), b_scale.to(tl.float16), mask=b_here)
     for i_g in range(0, G):
         i_q = i_bh * G + i_g
         b_mean = tl.load(q_mean + i_q * D + i_d, mask=b_dim, other=0.0)
         b_shift = tl.sum(b_k * b_mean[None, :], 1) * scale
         # What can't be compared is kept: an infinite estimate stands for it.
-        b_shift = tl.where(b_finite & (tl.abs(b_shift) < float("inf")), b_shift, float("inf"))
-        p = columns + (i_q * _padded(n_keys) + i_n) * 2
-        tl.store(p, b_scale, mask=b_here)
-        tl.store(p + 1, b_shift, mask=b_here)
+        b_shift = tl.where(b_finite & (tl.abs(b_shift) < _LARGEST), b_shift, float("inf"))
+        tl.store(shift + i_q * _padded(n_keys) + _stored(i_n), b_shift.to(tl.float16), mask=b_here)
 
 
 @triton.jit
@@ -107,11 +118,11 @@ def _area(
 
 @triton.jit(do_not_specialize=["n_queries", "n_keys"])
 def _queries(
-    q, k, q_mean, k_mean, log_tau, q4, q_scale, threshold, stride_qb, stride_qh, stride_qn,
+    q, k, q_mean, k_mean, unit, log_tau, q4, q_scale, threshold, stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kh, stride_kn, Hq, G, n_queries, n_keys, D, scale,
     ROW: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """4-bit queries ``[B * Hq, Mq * 64, BD]``, ``scale`` times their scales, and thresholds."""
+    """4-bit queries ``[B * Hq, Mq * 64, BD]``, ``scale unit`` times their scales, and thresholds."""
     i_m, i_bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_b, i_h = i_bh // Hq, i_bh % Hq
     i_hk = i_h // G
@@ -139,13 +150,14 @@ def _queries(
 
     b_mean = tl.load(q_mean + i_bh * D + i_d, mask=b_dim, other=0.0)
     b_q4, b_scale, b_finite = _quantize(tl.where(b_here[:, None], b_qf - b_mean[None, :], 0.0))
-    b_keep_all = ~(b_finite & (tl.abs(b_t) < float("inf")))
+    b_scale *= scale * tl.load(unit + i_b * (Hq // G) + i_hk)
+    b_keep_all = ~(b_finite & (tl.abs(b_t) < _LARGEST) & (b_scale < _LARGEST))
     b_t = tl.where(b_keep_all, float("-inf"), b_t + tl.load(log_tau + i_h))
     out = i_bh * tl.num_programs(0) * ROW + i_n
     tl.store(q4 + out[:, None] * BD + i_d[None, :], b_q4.to(q4.dtype.element_ty))
-    tl.store(q_scale + out, b_scale * scale)
+    tl.store(q_scale + out, tl.where(b_keep_all, 0.0, b_scale).to(tl.float16))
     # Rows behind the last keep nothing.
-    tl.store(threshold + out, tl.where(b_here, b_t, float("inf")))
+    tl.store(threshold + out, tl.where(b_here, b_t, float("inf")).to(tl.float16))
 
 
 @triton.jit
@@ -153,15 +165,26 @@ def _or(a, b):
     return a | b
 
 
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _columns(p, PARTS: tl.constexpr):
+    """Float16 numbers of PARTS tiles' keys as they lie in memory, in the order of the keys."""
+    b_x = tl.load(p + tl.arange(0, PARTS * _KEYS))
+    return tl.reshape(tl.permute(tl.reshape(b_x, (PARTS, 4, 4, 2)), (0, 2, 1, 3)), (PARTS * _KEYS,))[None, :]
+
+
 @triton.jit(do_not_specialize=["n_queries", "n_keys", "Mq", "W"])
 def _estimate(
-    q4, q_scale, threshold, k4, columns, log_tau, words, Hq, G, n_queries, n_keys, Mq, W,
+    q4, q_scale, threshold, k4, k_scale, shift, log_tau, words, Hq, G, n_queries, n_keys, Mq, W,
     BM: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Bits of the judged tiles of BM / 64 query blocks."""
     BLOCKS: tl.constexpr = BM // _ROWS
     PARTS: tl.constexpr = BN // _KEYS
-    TURNS: tl.constexpr = _WORD // PARTS  # products that fill a word
     # The longest rows first.
     i_t = tl.num_programs(0) - 1 - tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
@@ -172,77 +195,118 @@ def _estimate(
     b_blocks = i_block < Mq
     b_judged = tl.where(b_blocks, _n_judged(i_block, n_queries, n_keys), 0)
     most = tl.max(b_judged, 0)
+    words += (i_bh * Mq + i_block) * W
+    if tl.load(log_tau + i_h) == float("-inf"):
+        for i_w in range(0, (most + _WORD - 1) // _WORD):
+            tl.store(words + i_w, _first_bits(b_judged - i_w * _WORD), mask=b_blocks)
+        return
     b_rows = i_r < Mq * _ROWS
     row = i_bh * Mq * _ROWS + i_r
     b_q = tl.load(q4 + row[:, None] * BD + i_d[None, :], mask=b_rows[:, None], other=0.0)
     b_scale = tl.load(q_scale + row, mask=b_rows, other=0.0)
     b_t = tl.load(threshold + row, mask=b_rows, other=float("inf"))
+    b_t = tl.reshape(b_t, (BLOCKS, 4, 2, 8, 1, 1, 1))
     # Tested tiles start behind the sink; the last ends well before the last key.
     k4 += i_hk * n_keys * BD + _KEYS * BD
-    columns += i_bh * _padded(n_keys) + _KEYS
+    k_scale += i_hk * _padded(n_keys) + _KEYS
+    shift += i_bh * _padded(n_keys) + _KEYS
     i_part = tl.arange(0, PARTS)
-    dense = tl.load(log_tau + i_h) == float("-inf")
-    for i_w in range(0, (most + _WORD - 1) // _WORD):
-        b_word = tl.zeros([BM, 4], dtype=tl.int32)
-        if dense:
-            b_word = tl.full([BM, 4], -1, dtype=tl.int32)
-        else:
-            turns = tl.minimum(TURNS, (most - i_w * _WORD) // PARTS)
-            for turn in range(0, turns):
-                i_k = (i_w * TURNS + turn) * BN + i_n
-                b_k = tl.load(k4 + i_k[:, None].to(tl.int64) * BD + i_d[None, :])
-                b_both = tl.load(columns + i_k)  # two float32 in one int64: half the loads
-                b_ks = b_both.to(tl.int32).to(tl.float32, bitcast=True)
-                b_c = (b_both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-                b_e = tl.dot(b_q, tl.trans(b_k)).to(tl.float32)
-                b_e = b_e * (b_scale[:, None] * b_ks[None, :]) + b_c[None, :]
-                # A thread of the product holds pairs of columns, every fourth pair: over these eight of a
-                # tile's columns the largest takes no exchange; the four threads' bits meet at the word's end.
-                b_e = tl.reshape(b_e, (BM, PARTS, 4, 4, 2))
-                b_above = tl.max(tl.max(b_e, 4), 2) > b_t[:, None, None]
-                b_word |= tl.sum(b_above.to(tl.int32) << i_part[None, :, None], 1) << (turn * PARTS)
-        # Or over a block's rows.
-        b_bits = tl.reduce(tl.reshape(b_word, (BLOCKS, _ROWS * 4)), 1, _or)
-        # Tiles that are local to the earlier of the blocks are none of its judged ones.
-        left = b_judged - i_w * _WORD
-        b_one = tl.full([BLOCKS], 1, dtype=tl.int32)
-        b_mine = tl.where(left >= _WORD, -1, (b_one << tl.minimum(tl.maximum(left, 0), _WORD - 1)) - 1)
-        tl.store(words + (i_bh * Mq + i_block) * W + i_w, b_bits & b_mine, mask=b_blocks)
+    b_word = tl.zeros([BLOCKS, 4, 8, 4], dtype=tl.int32)
+    filled = 0  # bits of the word
+    for done in range(0, most, PARTS):
+        b_ks, b_c = _columns(k_scale, PARTS), _columns(shift, PARTS)
+        k_scale += BN
+        shift += BN
+        b_k = tl.load(k4 + i_n[:, None] * BD + i_d[None, :])
+        k4 += BN * BD
+        b_e = tl.dot(b_q, tl.trans(b_k), out_dtype=tl.float16).to(tl.float16)
+        b_e = b_e * (b_scale[:, None] * b_ks) + b_c
+        # A thread of the product holds two rows of each block and of them pairs of columns, every fourth
+        # pair: over these the largest excess takes no exchange; the threads' bits meet at the word's end.
+        b_e = tl.reduce(tl.reshape(b_e, (BLOCKS, 4, 2, 8, PARTS, 4, 4, 2)), 5, _larger) - b_t
+        b_e = tl.reduce(tl.reduce(b_e, 2, _larger), 5, _larger)
+        b_bits = (~(b_e <= 0.0)).to(tl.int32) << i_part[None, None, None, :, None]
+        b_word |= tl.sum(b_bits, 3) << filled
+        filled += PARTS
+        if (filled == _WORD) | (done + PARTS == most):
+            # Or over a block's rows.
+            b_all = tl.reduce(tl.reshape(b_word, (BLOCKS, 128)), 1, _or)
+            # Tiles that are local to the earlier of the blocks are none of its judged ones.
+            tl.store(words, b_all & _first_bits(b_judged), mask=b_blocks)
+            words += 1
+            b_judged -= _WORD
+            b_word = tl.zeros([BLOCKS, 4, 8, 4], dtype=tl.int32)
+            filled = 0
+
+
+@triton.jit
+def _first_bits(count):
+    """A word whose first ``count`` bits are set."""
+    b_one = tl.full(count.shape, 1, dtype=tl.int32)
+    return tl.where(count >= _WORD, -1, (b_one << tl.minimum(tl.maximum(count, 0), _WORD - 1)) - 1)
+
+
+class Factors(NamedTuple):
+    """What the estimates are made of; see the kernels that write it."""
+
+    q4: Tensor
+    q_scale: Tensor
+    threshold: Tensor
+    k4: Tensor
+    k_scale: Tensor
+    shift: Tensor
+    log_tau: Tensor
+
+
+def factors(
+    q: Float[Tensor, "B Hq Nq D"], k: Float[Tensor, "B Hkv Nk D"], tau: Float[Tensor, " Hq"], scale: float
+) -> Factors:
+    """Queries and keys as whole numbers, with their scales, shifts and thresholds."""
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    B, Hq, n_queries, D = q.shape
+    Hkv, n_keys, device = k.shape[1], k.shape[2], q.device
+    G, Mq = Hq // Hkv, triton.cdiv(n_queries, ROWS)
+    BD = max(32, triton.next_power_of_2(D))  # 8-bit products sum over 32 at least
+    q_mean, k_mean = (x.mean(2, dtype=torch.float32) for x in (q, k))
+    log_tau = tau.log()
+    # In this unit the keys' scales are about 1 at most, which float16 likes.
+    unit = torch.linalg.vector_norm(k, torch.inf, (2, 3), dtype=torch.float32) / 7
+    unit = torch.where((unit > 0) & unit.isfinite(), unit, 1)
+
+    k4 = torch.empty(B * Hkv, n_keys, BD, dtype=_number(device), device=device)
+    padded = triton.cdiv(n_keys, KEYS) * KEYS
+    k_scale = torch.empty(B * Hkv, padded, dtype=torch.float16, device=device)
+    shift = torch.empty(B * Hq, padded, dtype=torch.float16, device=device)
+    BN = 64 if BD <= 64 else 32  # more rows would not fit into the registers
+    _keys[(triton.cdiv(n_keys, BN), B * Hkv)](
+        k, k_mean, q_mean, unit, k4, k_scale, shift, *k.stride()[:3], Hkv, G, n_keys, D, scale,
+        BN=BN, BD=BD, num_warps=4,
+    )  # fmt: skip
+
+    q4 = torch.empty(B * Hq, Mq * ROWS, BD, dtype=k4.dtype, device=device)
+    q_scale = torch.empty(B * Hq, Mq * ROWS, dtype=torch.float16, device=device)
+    threshold = torch.empty_like(q_scale)
+    _queries[(Mq, B * Hq)](
+        q, k, q_mean, k_mean, unit, log_tau, q4, q_scale, threshold, *q.stride()[:3], *k.stride()[:3],
+        Hq, G, n_queries, n_keys, D, scale, ROW=ROWS, BN=64, BD=BD, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return Factors(q4, q_scale, threshold, k4, k_scale, shift, log_tau)
 
 
 def tile_bits(
     q: Float[Tensor, "B Hq Nq D"], k: Float[Tensor, "B Hkv Nk D"], tau: Float[Tensor, " Hq"], scale: float
 ) -> Int[Tensor, "B Hq Mq W"]:
     """Bits of the judged tiles; see the package. Deterministic: no atomics."""
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    B, Hq, n_queries, D = q.shape
-    Hkv, n_keys, device = k.shape[1], k.shape[2], q.device
-    G, Mq, W = Hq // Hkv, triton.cdiv(n_queries, ROWS), n_words(n_queries, n_keys)
-    BD = max(32, triton.next_power_of_2(D))  # int8 products sum over 32 at least
-    q_mean, k_mean = (x.mean(2, dtype=torch.float32) for x in (q, k))
-    log_tau = tau.log()
-
-    k4 = torch.empty(B * Hkv, n_keys, BD, dtype=_number(device), device=device)
-    columns = torch.empty(B * Hq, triton.cdiv(n_keys, 16) * 16, 2, dtype=torch.float32, device=device)
-    BN = 64 if BD <= 64 else 32  # more rows would not fit into the registers
-    _keys[(triton.cdiv(n_keys, BN), B * Hkv)](
-        k, k_mean, q_mean, k4, columns, *k.stride()[:3], Hkv, G, n_keys, D, scale,
-        BN=BN, BD=BD, num_warps=4,
-    )  # fmt: skip
-
-    q4 = torch.empty(B * Hq, Mq * ROWS, BD, dtype=k4.dtype, device=device)
-    q_scale = torch.empty(B * Hq, Mq * ROWS, dtype=torch.float32, device=device)
-    threshold = torch.empty_like(q_scale)
-    _queries[(Mq, B * Hq)](
-        q, k, q_mean, k_mean, log_tau, q4, q_scale, threshold, *q.stride()[:3], *k.stride()[:3],
-        Hq, G, n_queries, n_keys, D, scale, ROW=ROWS, BN=64, BD=BD, num_warps=4, num_stages=2,
-    )  # fmt: skip
-
-    words = torch.zeros(B, Hq, Mq, W, dtype=torch.int32, device=device)
+    B, Hq, n_queries, _ = q.shape
+    n_keys = k.shape[2]
+    Mq, W = triton.cdiv(n_queries, ROWS), n_words(n_queries, n_keys)
+    made = factors(q, k, tau, scale)
+    words = torch.zeros(B, Hq, Mq, W, dtype=torch.int32, device=q.device)
+    BD = made.q4.shape[2]
     BM, BN, warps, stages = _tile_sizes(BD)
     _estimate[(triton.cdiv(Mq * ROWS, BM), B * Hq)](
-        q4, q_scale, threshold, k4, columns.view(torch.int64), log_tau, words,
-        Hq, G, n_queries, n_keys, Mq, W, BM=BM, BD=BD, BN=BN, num_warps=warps, num_stages=stages,
+        *made, words, Hq, Hq // k.shape[1], n_queries, n_keys, Mq, W,
+        BM=BM, BD=BD, BN=BN, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return words
 
@@ -258,10 +322,9 @@ def _tile_sizes(BD: int) -> tuple[int, int, int, int]:
     return TILES[64 if BD <= 64 else BD][0]
 
 
-# Each thread loads the scale and shift of all its columns: with more rows to a thread they serve more scores.
 TILES = {
-    64: ((256, 64, 4, 3), (128, 128, 4, 3), (128, 128, 8, 3), (64, 128, 4, 3), (256, 128, 8, 3)),
-    128: ((256, 64, 4, 3), (128, 128, 4, 3), (128, 128, 8, 3), (64, 128, 4, 3), (256, 128, 8, 3)),
+    64: ((256, 64, 4, 3), (128, 128, 4, 3), (128, 128, 8, 3), (64, 128, 4, 3)),
+    128: ((256, 64, 4, 3), (128, 128, 4, 3), (128, 128, 8, 3), (64, 128, 4, 3)),
     256: ((64, 128, 4, 3), (128, 64, 4, 3), (128, 128, 8, 2)),
 }
 
