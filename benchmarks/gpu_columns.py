@@ -213,9 +213,8 @@ def compare(
 
 
 SEARCH_TILES = [
-    search_kernel.Tile(128, 4), search_kernel.Tile(64, 4), search_kernel.Tile(64, 2),
-    search_kernel.Tile(128, 8), search_kernel.Tile(256, 8), search_kernel.Tile(64, 4, 3),
-    search_kernel.Tile(128, 4, 2),
+    search_kernel.Tile(64, 1), search_kernel.Tile(32, 1), search_kernel.Tile(128, 1),
+    search_kernel.Tile(64, 2), search_kernel.Tile(128, 4, 3),
 ]  # fmt: skip
 
 
