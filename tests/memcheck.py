@@ -20,7 +20,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-CHOICE = "first or compiled_kernels or (channel_labels and triton) or top_indices or several_programs"
+CHOICE = (
+    "first or compiled_kernels or (channel_labels and triton) or top_indices or several_programs "
+    "or (lowbit and bits and gluon)"
+)
 FILES = ("tests/test_gpu_devices.py", "tests/ops")
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join(filter(None, ("src", "tests", os.environ.get("PYTHONPATH")))),
