@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from sparseland.recipe import write_atomically
-from sparseland.report.results import read_results, with_shared_decoding
+from sparseland.report.results import read_results, with_fastest_dense, with_shared_decoding
 
 SHOWN = (
     "label", "role", "stage", "length", "status", "density", "decode_density", "loss", "dense_loss",
@@ -19,15 +19,14 @@ parser.add_argument("--out", type=Path, required=True)
 options = parser.parse_args()
 rows = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
 run = [row for row in rows if row["kind"] == "run"][-1]
+drifts = [row for row in rows if row["kind"] == "drift"]
+measured = with_shared_decoding([row for row in rows if row["kind"] == "measurement"])
 kept = {
     **{name: run[name] for name in ("command", "date", "machine", "versions", "threads", "model", "text")},
     "choice": [row for row in rows if row["kind"] == "choice"][-1],
-    "drift": [row for row in rows if row["kind"] == "drift"],
+    "drift": drifts,
     "tasks": [row for row in rows if row["kind"] == "task"],
     "left_out": read_results(options.results).left_out,
-    "rows": [
-        {n: r[n] for n in SHOWN if n in r}
-        for r in with_shared_decoding([r for r in rows if r["kind"] == "measurement"])
-    ],
+    "rows": [{n: r[n] for n in SHOWN if n in r} for r in with_fastest_dense(measured, drifts)],
 }
 write_atomically(options.out, json.dumps(kept, indent=1).encode())

@@ -1,4 +1,4 @@
-"""Every claim program runs at smoke scale on a CPU and says what it measured (`make test-slow`)."""
+"""Every claim program runs at smoke scale on a CPU and says what it measured (all: `make test-slow`)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from sparseland.method import method_class
 SLUGS = sorted(p.stem for p in Path(sparseland.claims.__file__).parent.glob("[a-z]*.py"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("slug", SLUGS)
+# Less than a minute each: also in `make test`.
+QUICK = ("anchor_attention", "dynamic_mask_attention", "flexprefill", "infllm_v2", "mminference")
+
+
+@pytest.mark.parametrize(
+    "slug", [s if s in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in SLUGS]
+)
 def test_smoke(slug: str) -> None:
     result = importlib.import_module(f"sparseland.claims.{slug}").reproduce("smoke")
     assert method_class(result["slug"]).card.slug == slug.replace("_", "-")

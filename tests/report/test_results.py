@@ -8,7 +8,7 @@ import pytest
 from sample import write_sample
 
 from sparseland.errors import SparselandError
-from sparseland.report.results import read_results, score
+from sparseland.report.results import read_results, score, with_fastest_dense
 
 
 def write(path, *rows):
@@ -86,3 +86,15 @@ def test_scores_count_right_answers():
     assert score(tasks, ("a",)) == (1, 2)
     assert score(tasks, ("a",), 128) == (1, 1)
     assert score(tasks, ("b",)) is None
+
+
+def test_speedups_are_against_the_faster_of_denses_timings() -> None:
+    dense = {"label": "dense", "recipe": [], "length": 64, "prefill_s": 9.0, "dense_prefill_s": 9.0}
+    sparse = {"label": "x", "recipe": ["x"], "length": 64, "prefill_s": 6.0, "dense_prefill_s": 9.0}
+    other = {**sparse, "dense_prefill_s": 5.0}  # of another run
+    rows = [{**r, "decode_ms": None, "dense_decode_ms": 3.0} for r in (dense, sparse, other)]
+    drift = {"kind": "drift", "length": 64, "before_s": 9.0, "after_s": 7.5}
+    found = with_fastest_dense(rows, [drift, {**drift, "length": 128, "after_s": 1.0}])
+    assert [r["dense_prefill_s"] for r in found] == [7.5, 7.5, 5.0]
+    assert [r["prefill_s"] for r in found] == [7.5, 6.0, 6.0]
+    assert with_fastest_dense(rows, [{**drift, "after_s": 10.0}]) == rows

@@ -15,6 +15,7 @@ from sparseland.cli.output import PLAIN_WIDTH, console, emit, print_json
 from sparseland.cli.progress import progress
 from sparseland.errors import SparselandError
 from sparseland.method import parse_spec, split_specs
+from sparseland.report.provenance import drifts
 from sparseland.report.results import Results, read_results
 from sparseland.report.tables import results_table
 from sparseland.report.words import verdict
@@ -99,7 +100,11 @@ def _print(result: Any) -> None:
     path = Path(result.out) / "results.jsonl"
     results = read_results(path) if path.exists() else Results(measurements=result.rows, choice=result.choice)
     width = out.width if out.is_terminal else PLAIN_WIDTH
-    emit(results_table(result.rows, tasks=results.tasks, chosen=results.chosen, width=width))
+    emit(results_table(results.measurements, tasks=results.tasks, chosen=results.chosen, width=width))
+    print()
+    for drift in drifts(results):
+        emit(Text("dense before and after all others, {length:,} tokens, {what}: {before}, {after} ({change})"
+                  "; the faster counts".format(**drift)))  # fmt: skip
     print()
     emit(Text(" ".join(verdict(results))), width=100)
     print()

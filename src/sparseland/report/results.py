@@ -96,6 +96,33 @@ def with_shared_decoding(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     ]
 
 
+def with_fastest_dense(
+    rows: Sequence[dict[str, Any]], drifts: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows, against the faster of dense's two timings, before and after them, where they differ.
+
+    On a machine that was slow at first everything measured later would seem faster than dense.
+    """
+    fastest = {}
+    for drift in drifts:
+        for name, before, after in (
+            ("prefill_s", "before_s", "after_s"),
+            ("decode_ms", "before_decode_ms", "after_decode_ms"),
+        ):
+            if drift.get(before) and drift.get(after):
+                fastest[name, drift["length"], drift[before]] = min(drift[before], drift[after])
+    changed = []
+    for row in rows:
+        found = {
+            name: fastest[name, row["length"], row[f"dense_{name}"]]
+            for name in ("prefill_s", "decode_ms")
+            if (name, row["length"], row.get(f"dense_{name}")) in fastest
+        }
+        own = found if not row.get("recipe") and row.get("label") == "dense" else {}
+        changed.append({**row, **{f"dense_{name}": value for name, value in found.items()}, **own})
+    return changed
+
+
 def read_results(path: Path) -> Results:
     """Read a results file; a last line cut short by an interrupted run is left out.
 
@@ -126,7 +153,7 @@ def read_results(path: Path) -> Results:
             left_out.append((len(results.runs), row))
         elif row.get("kind") == "choice":
             chose = len(results.runs)
-    results.measurements = with_shared_decoding([*newest.values()])
+    results.measurements = with_fastest_dense(with_shared_decoding([*newest.values()]), results.drifts)
     # A rerun goes on with what the runs before it left out: once it has chosen, theirs is history.
     results.left_out = [row for at, row in left_out if at >= chose]
     return results

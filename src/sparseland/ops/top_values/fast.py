@@ -10,16 +10,28 @@ from torch import Tensor
 def top_mask(
     values: Float[Tensor, "*batch n"], count: Int[Tensor, "*batch"], forced: int
 ) -> Bool[Tensor, "*batch n"]:
-    """A stable sort (NaN first), with the forced places out of its way."""
+    """The values as large as a row's last; where equal ones leave a choice, a stable sort (NaN first)."""
+    # The forced come first, so the others' places start behind them.
     taken = torch.arange(values.shape[-1], device=values.device) < count[..., None]
-    if forced:
-        # The forced come first, so the others' places start behind them.
-        taken = taken.clone()
-        rest = values[..., forced:].argsort(dim=-1, descending=True, stable=True)
-        taken[..., forced:] = torch.zeros_like(rest, dtype=torch.bool).scatter_(-1, rest, taken[..., forced:])
-        return taken
-    order = values.argsort(dim=-1, descending=True, stable=True)
-    return torch.zeros_like(taken).scatter_(-1, order, taken)
+    rest, wanted = values[..., forced:], taken[..., forced:]
+    found = _as_large_as_the_last(rest.detach(), wanted.sum(-1, keepdim=True)) if rest.is_cpu else None
+    if found is None:
+        order = rest.argsort(dim=-1, descending=True, stable=True)
+        found = torch.zeros_like(wanted).scatter_(-1, order, wanted)
+    return torch.cat((taken[..., :forced], found), -1) if forced else found
+
+
+def _as_large_as_the_last(
+    x: Float[Tensor, "*batch n"], wanted: Int[Tensor, "*batch 1"]
+) -> Bool[Tensor, "*batch n"] | None:
+    """The mask of the ``wanted`` largest, or None where some other is as large as the last (or is NaN)."""
+    if not x.numel():
+        return torch.zeros_like(x, dtype=torch.bool)
+    descending = _descending(x)
+    mask = (x >= descending.gather(-1, (wanted - 1).clamp(min=0))) & (wanted > 0)
+    if descending[..., 0].isnan().any() or not torch.equal(mask.sum(-1, keepdim=True), wanted):
+        return None
+    return mask
 
 
 def top_indices(
