@@ -102,10 +102,11 @@ def _print(result: Any) -> None:
     width = out.width if out.is_terminal else PLAIN_WIDTH
     emit(results_table(results.measurements, tasks=results.tasks, chosen=results.chosen, width=width))
     print()
-    for drift in drifts(results):
-        emit(Text("dense before and after all others, {length:,} tokens, {what}: {before}, {after} ({change})"
-                  "; the faster counts".format(**drift)))  # fmt: skip
-    print()
+    for d in drifts(results):
+        what = f"dense before and after all others, {d['length']:,} tokens, {d['what']}"
+        emit(Text(f"{what}: {d['before']}, {d['after']} ({d['change']}); the faster counts"))
+    if results.drifts:
+        print()
     emit(Text(" ".join(verdict(results))), width=100)
     print()
     for name in FILES:

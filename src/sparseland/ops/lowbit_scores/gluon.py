@@ -21,15 +21,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sparseland.ops.lowbit_scores.tiles import KEYS, ROWS, judged, n_words
+from sparseland.ops.lowbit_scores.tiles import KEYS, ROWS, SEGMENT, WORD, judged, n_words
 from sparseland.ops.lowbit_scores.triton import factors
 
 WARPGROUPS = gl.constexpr(4)
 STAGES = gl.constexpr(4)  # segments of keys in flight
 _BLOCKS = gl.constexpr(2)  # query blocks of a warpgroup
 _M = gl.constexpr(2 * ROWS)
-_N = gl.constexpr(128)  # keys of a segment: four tiles
-_KEYS = gl.constexpr(KEYS)
+_N = gl.constexpr(SEGMENT * KEYS)
+_ROWS, _KEYS = gl.constexpr(ROWS), gl.constexpr(KEYS)
+_SEGMENT, _WORD = gl.constexpr(SEGMENT), gl.constexpr(WORD)
+_TURNS = gl.constexpr(WORD // SEGMENT)  # segments that fill a word
 # Two float16 columns in one int32: the layout of a product's pairs of columns, and of the largest of each
 # tile by [block, warp, half, row, tile, fourth of the columns].
 _PAIRS = gl.constexpr(
@@ -66,40 +68,29 @@ def _pair(a, b):
 
 
 @gluon.jit
-def _product(a, b):
-    return gl.inline_asm_elementwise(
-        "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _product_sum(a, b, c):
-    return gl.inline_asm_elementwise(
-        "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _difference(a, b):
-    return gl.inline_asm_elementwise(
-        "sub.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1
-    )
+def _of_two(INSTRUCTION: gl.constexpr, a, b):
+    return gl.inline_asm_elementwise(INSTRUCTION, "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
 def _larger(a, b):
+    return _of_two("max.NaN.f16x2 $0, $1, $2;", a, b)
+
+
+@gluon.jit
+def _scaled(a, by, shift):
+    """``a * by + shift``, rounded once."""
     return gl.inline_asm_elementwise(
-        "max.NaN.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1
+        "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, by, shift], dtype=gl.int32, is_pure=True, pack=1
     )
 
 
 @gluon.jit
 def _one_above(a, b):
     """1 where either half of ``a`` is above that of ``b`` or no number."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p, q; setp.gtu.f16x2 p|q, $1, $2; or.pred p, p, q; selp.b32 $0, 1, 0, p; }",
-        "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
+    return _of_two(
+        "{ .reg .pred p, q; setp.gtu.f16x2 p|q, $1, $2; or.pred p, p, q; selp.b32 $0, 1, 0, p; }", a, b
+    )
 
 
 @gluon.jit
@@ -129,16 +120,16 @@ def _store(b_bits, i_w, out, place):
     i_block = block + gl.arange(0, _BLOCKS, layout=gl.SliceLayout(1, _ROW_WORDS))
     i_block = i_block[:, None] + gl.zeros([_BLOCKS, 4], gl.int32, layout=_ROW_WORDS)
     here = i_block < Mq
-    left = gl.load(counts + i_block, mask=here, other=0) - i_w * 32
+    left = gl.load(counts + i_block, mask=here, other=0) - i_w * _WORD
     one = gl.full([_BLOCKS, 4], 1, gl.int32, layout=_ROW_WORDS)
-    mine = gl.where(left >= 32, -1, (one << gl.minimum(gl.maximum(left, 0), 31)) - 1)
+    mine = gl.where(left >= _WORD, -1, (one << gl.minimum(gl.maximum(left, 0), _WORD - 1)) - 1)
     p_word = words + (i_bh * Mq + i_block).to(gl.int64) * W + i_w
     # The bits are those of any order.
     gl.atomic_or(p_word, b_bits & mine, mask=here, sem="relaxed")
 
 
 @gluon.jit
-def _load(descs, rows, out, buffers, barriers, place, WARPGROUP: gl.constexpr, D: gl.constexpr):
+def _load(descs, buffers, barriers, place, D: gl.constexpr):
     """The loading warp: all queries, then segment after segment."""
     q_desc, k_desc, k_scale_desc, shift_desc = descs
     q_smem, k_smem, k_scale_smem, shift_smem = buffers
@@ -146,7 +137,7 @@ def _load(descs, rows, out, buffers, barriers, place, WARPGROUP: gl.constexpr, D
     i_bh, i_hk, block, steps, dense = place
     mbarrier.expect(q_ready, WARPGROUPS * _M * D)
     for i in gl.static_range(WARPGROUPS):
-        at = (block + i * _BLOCKS) * (_M // _BLOCKS)
+        at = (block + i * _BLOCKS) * _ROWS
         tma.async_copy_global_to_shared(q_desc, [i_bh, at, 0], q_ready, q_smem.index(i))
     for i in range(0, steps):
         stage = i % STAGES
@@ -163,7 +154,7 @@ def _load(descs, rows, out, buffers, barriers, place, WARPGROUP: gl.constexpr, D
 
 
 @gluon.jit
-def _compute(descs, rows, out, buffers, barriers, place, WARPGROUP: gl.constexpr, D: gl.constexpr):
+def _compute(rows, out, buffers, barriers, place, WARPGROUP: gl.constexpr, D: gl.constexpr):
     """One computing warpgroup: the bits of two query blocks."""
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]
@@ -175,7 +166,7 @@ def _compute(descs, rows, out, buffers, barriers, place, WARPGROUP: gl.constexpr
     i_bh, i_hk, block, steps, dense = place
     block += WARPGROUP * _BLOCKS
     place = (i_bh, i_hk, block, steps, dense)
-    i_r = block * (_M // _BLOCKS) + gl.arange(0, _M, layout=gl.SliceLayout(1, _PAIRS))
+    i_r = block * _ROWS + gl.arange(0, _M, layout=gl.SliceLayout(1, _PAIRS))
     p_row = i_bh.to(gl.int64) * n_rows + i_r
     b_scale = gl.load(q_scale + p_row, mask=i_r < n_rows, other=0.0)
     b_t = gl.load(threshold + p_row, mask=i_r < n_rows, other=float("inf"))
@@ -196,18 +187,19 @@ def _compute(descs, rows, out, buffers, barriers, place, WARPGROUP: gl.constexpr
         b_e = warpgroup_mma(q, k_smem.index(stage).reshape([_N, D]).permute((1, 0)), nothing, use_acc=False)
         b_left, b_right = gl.split(b_e.reshape([_M, _N // 2, 2]))
         b_e = gl.convert_layout(_pair(b_left, b_right), _PAIRS, assert_trivial=True)
-        b_by = _product(b_scale, _columns(k_scale_smem.index(stage)))
-        b_e = _product_sum(b_e, b_by, _columns(shift_smem.index(stage)))
+        b_by = _of_two("mul.rn.f16x2 $0, $1, $2;", b_scale, _columns(k_scale_smem.index(stage)))
+        b_e = _scaled(b_e, b_by, _columns(shift_smem.index(stage)))
         mbarrier.arrive(empty.index(stage), count=1)
         # A thread holds an eighth of a tile's columns for each of its rows: their largest takes no exchange.
         b_top = gl.convert_layout(
             gl.reduce(b_e.reshape([2, 4, 2, 8, 4, 4, 4]), 5, _larger), _TILES, assert_trivial=True
         )
-        b_bits = _one_above(gl.reduce(_difference(b_top, b_t), 2, _larger), zero) << b_tile
+        b_top = gl.reduce(_of_two("sub.rn.f16x2 $0, $1, $2;", b_top, b_t), 2, _larger)
+        b_bits = _one_above(b_top, zero) << b_tile
         b_word = b_word | (gl.sum(b_bits, 3) << filled)
-        filled += 4
-        if (filled == 32) | (i + 1 == steps):
-            _store(gl.reduce(gl.reduce(b_word, 3, _or), 2, _or), i // 8, out, place)
+        filled += _SEGMENT
+        if (filled == _WORD) | (i + 1 == steps):
+            _store(gl.reduce(gl.reduce(b_word, 3, _or), 2, _or), i // _TURNS, out, place)
             b_word = gl.zeros([2, 4, 8, 4], gl.int32, layout=_WORDS)
             filled = 0
 
@@ -217,16 +209,17 @@ def _estimate(
     q_desc, k_desc, k_scale_desc, shift_desc, q_scale, threshold, log_tau, words, counts,
     Hq, G, n_rows, Mq, W, D: gl.constexpr,
 ):  # fmt: skip
+    """Bits of the judged tiles of 512 queries; ``dense``: words of a head that keeps all of them."""
     i_t = gl.num_programs(0) - 1 - gl.program_id(0)  # the longest rows first
     i_bh = gl.program_id(1)
     i_h = i_bh % Hq
     i_hk = i_bh // Hq * (Hq // G) + i_h // G
     block = i_t * (WARPGROUPS * _BLOCKS)
     # All warpgroups go as far as the last: what lies behind their own tiles is dropped when it is stored.
-    steps = gl.load(counts + gl.minimum(block + WARPGROUPS * _BLOCKS, Mq) - 1) // 4
+    steps = gl.load(counts + gl.minimum(block + WARPGROUPS * _BLOCKS, Mq) - 1) // _SEGMENT
     dense = 0
     if gl.load(log_tau + i_h) == float("-inf"):
-        dense = (steps + 7) // 8
+        dense = (steps + _TURNS - 1) // _TURNS
         steps = 0
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [WARPGROUPS, 1, _M, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, _N, D], k_desc.layout)
@@ -248,11 +241,11 @@ def _estimate(
     place = (i_bh, i_hk, block, steps, dense)
     gl.warp_specialize(
         [
-            (_compute, (descs, rows, out, buffers, barriers, place, 0, D)),
-            (_compute, (descs, rows, out, buffers, barriers, place, 1, D)),
-            (_compute, (descs, rows, out, buffers, barriers, place, 2, D)),
-            (_compute, (descs, rows, out, buffers, barriers, place, 3, D)),
-            (_load, (descs, rows, out, buffers, barriers, place, 0, D)),
+            (_compute, (rows, out, buffers, barriers, place, 0, D)),
+            (_compute, (rows, out, buffers, barriers, place, 1, D)),
+            (_compute, (rows, out, buffers, barriers, place, 2, D)),
+            (_compute, (rows, out, buffers, barriers, place, 3, D)),
+            (_load, (descs, buffers, barriers, place, D)),
         ],
         [4, 4, 4, 1],
         [112, 112, 112, 24],

@@ -14,7 +14,10 @@ def top_mask(
     # The forced come first, so the others' places start behind them.
     taken = torch.arange(values.shape[-1], device=values.device) < count[..., None]
     rest, wanted = values[..., forced:], taken[..., forced:]
-    found = _as_large_as_the_last(rest.detach(), wanted.sum(-1, keepdim=True)) if rest.is_cpu else None
+    found = None
+    if rest.is_cpu and rest.numel():
+        number = (count[..., None] - forced).clamp(0, rest.shape[-1])
+        found = _as_large_as_the_last(rest.detach(), number, _descending(rest))
     if found is None:
         order = rest.argsort(dim=-1, descending=True, stable=True)
         found = torch.zeros_like(wanted).scatter_(-1, order, wanted)
@@ -22,13 +25,16 @@ def top_mask(
 
 
 def _as_large_as_the_last(
-    x: Float[Tensor, "*batch n"], wanted: Int[Tensor, "*batch 1"]
+    x: Float[Tensor, "*batch n"], wanted: Int[Tensor, "*batch 1"], descending: Float[Tensor, "*batch m"]
 ) -> Bool[Tensor, "*batch n"] | None:
-    """The mask of the ``wanted`` largest, or None where some other is as large as the last (or is NaN)."""
-    if not x.numel():
-        return torch.zeros_like(x, dtype=torch.bool)
-    descending = _descending(x)
+    """The mask of the ``wanted`` largest, or None where some other is as large as the last, or one is NaN.
+
+    Args:
+        descending: the largest values of each row in order, as many as are wanted or more, at least one.
+    """
+    wanted = wanted.long()
     mask = (x >= descending.gather(-1, (wanted - 1).clamp(min=0))) & (wanted > 0)
+    # A NaN, which comes first, is not as large as any number: the count would be another's.
     if descending[..., 0].isnan().any() or not torch.equal(mask.sum(-1, keepdim=True), wanted):
         return None
     return mask
@@ -70,11 +76,8 @@ def _larger_than_all_others(
             return None
         return torch.from_numpy(places.astype(np.int32))
     wanted = count.reshape(-1, 1).clamp(0, most)
-    top = x.topk(most).values
-    last = top.gather(-1, (wanted - 1).clamp(min=0))
-    mask = (x >= last) & (wanted > 0)
-    # A NaN, which comes first, is not as large as any number: the count would be another's.
-    if top[:, 0].isnan().any() or not torch.equal(mask.sum(-1, keepdim=True), wanted):
+    mask = _as_large_as_the_last(x, wanted, x.topk(most).values)
+    if mask is None:
         return None
     listed = torch.full((rows, most), -1, dtype=torch.int32)
     listed[torch.arange(most) < wanted] = torch.from_numpy(np.flatnonzero(mask.numpy()) % n).to(torch.int32)

@@ -212,35 +212,13 @@ def _split(
     )
     tl.debug_barrier()
     _keep(
-        segments,
-        points,
-        scores,
-        b_place,
-        b_place < b_next,
-        origin,
-        b_start,
-        b_half,
-        b_first,
-        b_third,
-        BLOCK_K,
-        K,
-        CARRY,
-    )
+        segments, points, scores, b_place, b_place < b_next, origin, b_start, b_half, b_first, b_third,
+        BLOCK_K, K, CARRY,
+    )  # fmt: skip
     _keep(
-        segments,
-        points,
-        scores,
-        b_next,
-        b_next < b_end,
-        origin,
-        b_start + b_half,
-        b_size - b_half,
-        b_second,
-        b_fourth,
-        BLOCK_K,
-        K,
-        CARRY,
-    )
+        segments, points, scores, b_next, b_next < b_end, origin, b_start + b_half, b_size - b_half, b_second,
+        b_fourth, BLOCK_K, K, CARRY,
+    )  # fmt: skip
     tl.debug_barrier()
 
 
