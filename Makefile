@@ -13,7 +13,7 @@ test: $(STAMP)  ## the test suite (no GPU needed)
 	$(BIN)/pytest -q -n auto -m "not gpu and not slow"
 
 test-slow: $(STAMP)
-	$(BIN)/pytest -q -m "slow and not gpu"
+	$(BIN)/pytest -q -n auto -m "slow and not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

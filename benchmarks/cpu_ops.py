@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from sparseland.bench import BENCHMARKS, run
+from sparseland.files import write_atomically
 from sparseland.machine import circumstances
-from sparseland.recipe import write_atomically
 
 LENGTH = 8192
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
+from sparseland.files import write_atomically
 from sparseland.handle import apply
 from sparseland.machine import circumstances
 from sparseland.measure import TAIL_TOKENS, timed
 from sparseland.method import PrefillMethod, method_class, method_slugs, parse_spec
 from sparseland.models import load_model
-from sparseland.recipe import write_atomically
 from sparseland.tasks.loss import cross_entropy
 from sparseland.tasks.text import default_text, tokenize, windows
 

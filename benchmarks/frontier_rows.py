@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from sparseland.recipe import write_atomically
+from sparseland.files import write_atomically
 from sparseland.report.results import read_results, with_fastest_dense, with_shared_decoding
 
 SHOWN = (

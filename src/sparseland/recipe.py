@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparseland.errors import SparselandError
+from sparseland.files import read_object, write_atomically
 from sparseland.method import Calibration, Method, as_methods, method_class
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from sparseland.handle import Handle
 
 SCHEMA = 1
-MAX_JSON_BYTES = 64 * 2**20
 MAX_TENSOR_BYTES = 8 * 2**30
 
 # What makes two checkpoints interchangeable for a recipe: shapes, not weights or versions.
@@ -119,7 +117,7 @@ class Recipe:
             SparselandError: not there, malformed, from a newer schema, or naming an unknown method.
         """
         path = Path(path)
-        data = _read_json(path)
+        data = read_object(path, "recipe")
         schema = data.get("schema")
         if not isinstance(schema, int) or isinstance(schema, bool):
             raise SparselandError(f"{path} is not a recipe: it has no schema number")
@@ -151,42 +149,10 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     return {"name": Path(name).name, "architecture": type(model).__name__, "config_sha256": digest}
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old one or the new one, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; give this one the permissions a plain open() would have given.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def _write_tensors(path: Path, calibration: Calibration) -> None:
     from safetensors.torch import save
 
     write_atomically(path, save({k: t.detach().cpu().contiguous() for k, t in calibration.tensors.items()}))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise SparselandError(f"{path} has over {MAX_JSON_BYTES >> 20} MiB; a recipe is small")
-        data = json.loads(path.read_bytes())
-    except OSError as cause:
-        raise SparselandError(f"can't read the recipe {path}: {cause.strerror or cause}") from cause
-    except (ValueError, RecursionError) as cause:
-        raise SparselandError(f"{path} is not a recipe: it is no valid JSON") from cause
-    if not isinstance(data, dict):
-        raise SparselandError(f"{path} is not a recipe: a JSON object was expected")
-    return data
 
 
 def _typed(path: Path, data: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from sparseland.errors import SparselandError
-from sparseland.recipe import write_atomically
+from sparseland.files import write_atomically
 
 
 class RowFile:
@@ -66,8 +67,9 @@ class RowFile:
         return [r for r in self.rows if r["kind"] == kind and all(r.get(k) == v for k, v in values.items())]
 
     def close(self) -> None:
-        """Done writing."""
-        self._file.close()
+        """Done writing; every row is on disk already, or its failure was told."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 import sparseland as sl
 from sparseland import patterns
-from sparseland.attention import _minference_search
-from sparseland.attention._minference_index import LayerIndex, Sizes
-from sparseland.attention._minference_search import Candidate, choose, search_layer, target_for
+from sparseland.attention import _shape_search
+from sparseland.attention._shape_index import LayerIndex, Sizes
+from sparseland.attention._shape_search import Candidate, choose, search_layer, target_for
 from sparseland.attention.minference import HeadShape, MInference, load_patterns, save_patterns
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs, Calibration, method_class, parse_spec
@@ -409,7 +409,7 @@ def test_candidates_can_cost_the_same_time(monkeypatch):
             return (pattern.blocks.pairs() + 4 * pattern.columns.pairs()).sum().item()
         return pattern.pairs().sum().item()
 
-    monkeypatch.setattr(_minference_search, "_seconds", seconds)
+    monkeypatch.setattr(_shape_search, "_seconds", seconds)
     x = structured_heads()
     index = LayerIndex(x, ranked=True)
     found = search_layer(x, 64, 300, "time")
@@ -430,8 +430,8 @@ def test_candidates_can_cost_the_same_time(monkeypatch):
 def test_time_is_measured_on_this_device(inputs):
     x = inputs(512)
     few, many = (WindowPattern(512, 512, 0, window) for window in (32, 512))
-    assert 0 < _minference_search._seconds(x, few) < 1
-    assert 0 < _minference_search._seconds(x, many) < 1
+    assert 0 < _shape_search._seconds(x, few) < 1
+    assert 0 < _shape_search._seconds(x, many) < 1
     found = search_layer(x, 16, 100, "time")
     assert [c.shape for c in found] == ["a-shape", *["vertical-slash"] * 5, "block-sparse"]
     assert MInference(cost="time").calibration_key != MInference().calibration_key
@@ -518,14 +518,15 @@ def patterns_json(head: str, version: int = 1) -> str:
     ("content", "words"),
     [
         ("{", "is not a patterns file"),
-        ("[]", 'does not say "format"'),
+        ("[]", "a JSON object was expected"),
+        ("{}", 'does not say "format"'),
         (patterns_json("[]", version=2), "version 2"),
         (patterns_json("[]"), "non-empty list over layers"),
         (patterns_json('[[{"shape": "x"}]]'), "one of a-shape"),
         (patterns_json('[[{"shape": "a-shape", "vertical": -1}]]'), "layer 0, head 0: vertical=-1"),
         (
             patterns_json('[[{"shape": "block-sparse", "blocks": 1, "slash": 2}]]'),
-            "block-sparse head has no slash",
+            "block-sparse has no slash",
         ),
     ],
 )

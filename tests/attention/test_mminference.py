@@ -8,12 +8,19 @@ import pytest
 import torch
 
 from sparseland.attention._mminference_grid import best_stride, find_strides
-from sparseland.attention._mminference_heads import HeadPlan, Shape, load_patterns, read_heads, save_patterns
+from sparseland.attention._mminference_heads import PATTERNS
 from sparseland.attention._mminference_index import MixedIndex
 from sparseland.attention._mminference_layout import layout_of
 from sparseland.attention._mminference_search import search_layer
 from sparseland.attention.minference import MInference
-from sparseland.attention.mminference import MMInference, plan_pattern
+from sparseland.attention.mminference import (
+    HeadPlan,
+    MMInference,
+    Shape,
+    load_patterns,
+    plan_pattern,
+    save_patterns,
+)
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs, Calibration, method_class, parse_spec
 from sparseland.ops.attend import attend
@@ -471,7 +478,7 @@ def test_plans_round_trip_and_are_used(tmp_path):
         half.density().mean()
         < MMInference().pattern(video(heads=4, frames=80), Calibration()).density().mean()
     )
-    assert read_heads(known.meta["heads"], "here")[0][0].scaled(0.1)["all"] == Shape("grid", lines=2)
+    assert PATTERNS.table(known.meta["heads"], "here")[0][0].scaled(0.1)["all"] == Shape("grid", lines=2)
 
 
 GOOD = '{"shape": "grid", "lines": 1}'

@@ -12,10 +12,10 @@ import torch
 import sparseland as sl
 from sparseland.cache import _moa_profile
 from sparseland.cache._moa_optimise import Problem, candidates, non_dominated, outside, pareto_plans, solve
-from sparseland.cache._moa_plan import Rule, load_plan, read_rules, save_plan
+from sparseland.cache._moa_plan import PLAN
 from sparseland.cache._moa_profile import block_influence, effects, influence, loss_with, profile
 from sparseland.cache._moa_store import SpanStore
-from sparseland.cache.moa import MoA, span_pattern
+from sparseland.cache.moa import MoA, Rule, load_plan, save_plan, span_pattern
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs, Calibration, method_class, parse_spec
 from sparseland.models.tiny import tiny_model
@@ -517,7 +517,7 @@ def test_calibrated_rules_fit_the_model_and_the_cache_shrinks():
     method = MoA(density=0.5, new_tokens=16, block_size=16)
     with torch.no_grad(), sl.apply(model, method, calibration_ids=ids[:, :256]) as handle:
         meta = handle.calibrations["moa"].meta
-        rules = read_rules(meta["rules"], "here")
+        rules = PLAN.table(meta["rules"], "here")
         assert [len(row) for row in rules] == [2, 2, 2]
         assert all(len(set(row)) <= 2 for row in rules)
         assert (meta["lengths"], meta["unseen"], meta["extension"]) == ([32, 64, 128], 192, 256)

@@ -7,8 +7,8 @@ import torch
 import transformers
 
 import sparseland as sl
-from sparseland.attention._mminference_heads import HeadPlan, Shape, save_patterns
 from sparseland.attention._mminference_search import search
+from sparseland.attention.mminference import HeadPlan, Shape, save_patterns
 from sparseland.errors import SparselandError
 from sparseland.models.modality import (
     Modality,

@@ -220,7 +220,9 @@ def test_triton_lists_are_the_largest_rounded_scores(dtype: torch.dtype, init: i
     made = tuple(torch.zeros(2, 1, 5, *n, dtype=torch.int32, device=DEVICE) for n in ((), (128,), (128,)))
     # Queries at 700 ... 722 of blocks of 16, the tiles from the second on; those below 705 take all.
     sizes = (16, 2, init, topk, 705)
-    kernels.lists(scores, made, 5, 695, *sizes, tile=5)
+    block, own = torch.arange(128, device=DEVICE), torch.arange(700, 720, device=DEVICE)[:, None] // 16
+    marked = scores.masked_fill(block < init, kernels.FOREMOST).masked_fill(block > own - 2, -1)
+    kernels.lists(marked, made, 5, 695, 16, 2, topk, 705, tile=5)
     sizes_of = (25, 725, 16, 2, 5, 1)
     got = TokenBlockPattern(*sizes_of, *made).token_mask()[:, :, 5:, :44]
     expected = top(scores.float(), 700, *sizes)[..., :44]
@@ -256,7 +258,7 @@ def test_queries_held_or_loaded_again(hold: bool) -> None:
     lse = kernels.denominators(q, c, None, 8, 4, 1400, 0.2)
     out = q.new_zeros(1, 1, 40, 128)
     cut = kernels.Cut(16, 64, 4, 1, hold)
-    kernels.score(out, q, c, lse, 0, 1400, 8, 4, 16, 0.2, False, cut)
+    kernels.score(out, q, c, lse, 0, 1400, 8, 4, 16, 0.2, cut=cut)
     sizes = {"kernel": 8, "stride": 4, "block_size": 16, "scale": 0.2}
     expected = kernel_scores(q, c, 1440, **sizes, backend="reference")
     torch.testing.assert_close(out[..., :90], expected, rtol=1e-4, atol=1e-6)

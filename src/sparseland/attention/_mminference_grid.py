@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparseland.attention._minference_index import BLOCK, LOCAL, PROBE, SINKS
 from sparseland.attention._mminference_heads import Shape
 from sparseland.attention._mminference_index import FAR, MixedIndex, grouped_product
 from sparseland.attention._mminference_layout import at, last_positions, positions, segment_positions
+from sparseland.attention._shape_index import BLOCK, LOCAL, PROBE, SINKS
 from sparseland.ops.block_scores import vertical_slash_scores
 from sparseland.ops.permuted_attention import on_device
 from sparseland.ops.top_values import top_mask

@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparseland.attention._minference_index import (
+from sparseland.attention._mminference_heads import Shape
+from sparseland.attention._mminference_layout import Layout, at, kind_mask, last_positions, slots
+from sparseland.attention._shape_index import (
     BLOCK,
     LOCAL,
     MIN_SLASH,
@@ -31,8 +33,6 @@ from sparseland.attention._minference_index import (
     SINKS,
     LayerIndex,
 )
-from sparseland.attention._mminference_heads import Shape
-from sparseland.attention._mminference_layout import Layout, at, kind_mask, last_positions, slots
 from sparseland.method import AttentionInputs
 from sparseland.ops.block_scores import vertical_slash_scores
 from sparseland.ops.permuted_attention import on_device

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sparseland.attention._minference_index import BLOCK
+from sparseland.attention._shape_index import BLOCK
 
 # Shorter stretches of vision have no grid worth finding; in a grid their tokens are on a line, like text.
 MIN_SPAN = 256

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sparseland.attention._minference_index import LOCAL, SINKS
-from sparseland.attention._minference_search import TARGET_LENGTH, target_for
 from sparseland.attention._mminference_heads import BOUNDARIES, HeadPlan, Shape
 from sparseland.attention._mminference_index import MixedIndex
 from sparseland.attention._mminference_layout import Layout, kind_mask, layout_of, positions
+from sparseland.attention._shape_index import LOCAL, SINKS
+from sparseland.attention._shape_search import TARGET_LENGTH, target_for
 from sparseland.attention.mminference import DEFAULT_SHAPE, plan_pattern
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs

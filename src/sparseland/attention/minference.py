@@ -23,9 +23,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from sparseland.attention._minference_heads import HeadShape, load_patterns, read_heads, save_patterns
-from sparseland.attention._minference_index import LayerIndex, Sizes
-from sparseland.attention._minference_search import search
+from sparseland.attention._head_shapes import PATTERNS, HeadShape
+from sparseland.attention._shape_index import LayerIndex, Sizes
+from sparseland.attention._shape_search import search
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs, Calibration, Card, LayerShape, PrefillMethod, param
 from sparseland.patterns import Pattern, WindowPattern
@@ -34,6 +34,9 @@ from sparseland.patterns import Pattern, WindowPattern
 DEFAULT_VERTICAL, DEFAULT_SLASH = 1000, 6096
 
 __all__ = ["HeadShape", "MInference", "load_patterns", "save_patterns"]
+
+# To keep per-head patterns (``Calibration.meta["heads"]``) in a file that ``patterns=`` names.
+save_patterns, load_patterns = PATTERNS.save, PATTERNS.load
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ class MInference(PrefillMethod):
             if not isinstance(heads, list) or layer >= len(heads):
                 raise SparselandError(f"{source} has no layer {layer}")
             factor = (self.vertical + self.slash) / (DEFAULT_VERTICAL + DEFAULT_SLASH)
-            row = [head.scaled(factor) for head in read_heads([heads[layer]], source)[0]]
+            row = [head.scaled(factor) for head in PATTERNS.table([heads[layer]], source)[0]]
         if len(row) != n_heads:
             raise SparselandError(
                 f"{source}: layer {layer} has {len(row)} heads in the patterns and {n_heads} in the model"

@@ -24,19 +24,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from sparseland.attention._minference_heads import HeadShape
-from sparseland.attention._minference_index import LOCAL, SINKS, LayerIndex, Sizes
+from sparseland.attention._head_shapes import HeadShape
 from sparseland.attention._mminference_grid import grid
-from sparseland.attention._mminference_heads import (
-    BOUNDARIES,
-    HeadPlan,
-    Shape,
-    load_patterns,
-    read_heads,
-    save_patterns,
-)
+from sparseland.attention._mminference_heads import BOUNDARIES, PATTERNS, HeadPlan, Shape
 from sparseland.attention._mminference_index import MixedIndex
 from sparseland.attention._mminference_layout import Layout, layout_of
+from sparseland.attention._shape_index import LOCAL, SINKS, LayerIndex, Sizes
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs, Calibration, Card, LayerShape, PrefillMethod, param
 from sparseland.ops.permuted_attention import on_device
@@ -47,6 +40,9 @@ DEFAULT_VERTICAL, DEFAULT_SLASH = 1000, 6096
 DEFAULT_SHAPE = Shape("vertical-slash", DEFAULT_VERTICAL, DEFAULT_SLASH)
 
 __all__ = ["HeadPlan", "MMInference", "Shape", "load_patterns", "save_patterns"]
+
+# To keep per-head patterns (``Calibration.meta["heads"]``) in a file that ``patterns=`` names.
+save_patterns, load_patterns = PATTERNS.save, PATTERNS.load
 
 
 @dataclass(frozen=True)
@@ -177,7 +173,7 @@ class MMInference(PrefillMethod):
             if not isinstance(heads, list) or layer >= len(heads):
                 raise SparselandError(f"{source} has no layer {layer}")
             factor = (self.vertical + self.slash) / (DEFAULT_VERTICAL + DEFAULT_SLASH)
-            row = [head.scaled(factor) for head in read_heads([heads[layer]], source)[0]]
+            row = [head.scaled(factor) for head in PATTERNS.table([heads[layer]], source)[0]]
         if len(row) != n_heads:
             raise SparselandError(
                 f"{source}: layer {layer} has {len(row)} heads in the plans and {n_heads} in the model"

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from sparseland.errors import SparselandError
-
-FORMAT = "moa-plan"
-VERSION = 1
-_MAX_BYTES = 64 * 2**20
+from sparseland.headfile import HeadFile
 
 
 @dataclass(frozen=True, order=True)
@@ -73,65 +67,5 @@ def per_head(rules: Rule | Sequence[Rule], kv_heads: int | None = None) -> tuple
     return tuple(rules)
 
 
-def read_rules(value: Any, where: str) -> Plan:
-    """A list over layers of lists over key heads, checked.
-
-    Raises:
-        SparselandError: not that shape, or a rule that is not allowed.
-    """
-    if not isinstance(value, list) or not value or not all(isinstance(row, list) and row for row in value):
-        raise SparselandError(
-            f'{where}: "rules" must be a non-empty list over layers of lists over key heads'
-        )
-    return tuple(
-        tuple(Rule.of(rule, f"{where}: layer {i}, key head {j}") for j, rule in enumerate(row))
-        for i, row in enumerate(value)
-    )
-
-
-def save_plan(path: str | Path, rules: Sequence[Sequence[Rule | dict[str, Any]]]) -> Path:
-    """Write rules (``Calibration.meta["rules"]``) to a JSON file that ``plan=`` reads.
-
-    Raises:
-        SparselandError: the rules are malformed, or the file can't be written.
-    """
-    path = Path(path)
-    rows = [[r.as_dict() if isinstance(r, Rule) else r for r in row] for row in rules]
-    read_rules(rows, "this plan")
-    try:
-        path.write_text(json.dumps({"format": FORMAT, "version": VERSION, "rules": rows}, indent=1) + "\n")
-    except OSError as cause:
-        raise SparselandError(f"can't write the plan {path}: {cause.strerror or cause}") from cause
-    return path
-
-
-def load_plan(path: str | Path) -> Plan:
-    """Read what :func:`save_plan` wrote; read again only when the file has changed.
-
-    Raises:
-        SparselandError: not there, not JSON, of another format or a newer version, or malformed.
-    """
-    path = Path(path)
-    try:
-        status = path.stat()
-    except OSError as cause:
-        raise SparselandError(f"can't read the plan {path}: {cause.strerror or cause}") from cause
-    return _load(path, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=8)
-def _load(path: Path, changed: int, size: int) -> Plan:
-    if size > _MAX_BYTES:
-        raise SparselandError(f"{path} has {size} bytes; a plan has at most {_MAX_BYTES}")
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as cause:
-        raise SparselandError(f"can't read the plan {path}: {cause.strerror or cause}") from cause
-    except (ValueError, RecursionError) as cause:
-        raise SparselandError(f"{path} is not a plan: {cause}") from cause
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise SparselandError(f'{path} is not a plan: it does not say "format": "{FORMAT}"')
-    version = data.get("version")
-    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
-        raise SparselandError(f"{path} has version {version!r:.80}; this sparseland reads {VERSION}")
-    return read_rules(data.get("rules"), str(path))
+# Per layer and key head; ``Calibration.meta["rules"]`` has the same form.
+PLAN = HeadFile("moa-plan", 1, "plan", "rules", "key head", Rule)

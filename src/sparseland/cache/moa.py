@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from sparseland.cache._moa_plan import Rule, load_plan, per_head, read_rules, save_plan
+from sparseland.cache._moa_plan import PLAN, Rule, per_head
 from sparseland.cache._moa_store import SpanStore
 from sparseland.errors import SparselandError
 from sparseland.method import (
@@ -40,6 +40,9 @@ from sparseland.method import (
 from sparseland.patterns import BlockPattern, Pattern, WindowPattern, cdiv
 
 __all__ = ["MoA", "Rule", "load_plan", "save_plan"]
+
+# To keep rules (``Calibration.meta["rules"]``) in a file that ``plan=`` names.
+save_plan, load_plan = PLAN.save, PLAN.load
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ class MoA(PrefillMethod, StoreMethod):
         """One rule for every layer and key head, where rules come from the search."""
         if not self._searches:
             return
-        plan = read_rules(calibration.meta.get("rules"), "moa: the calibration")
+        plan = PLAN.table(calibration.meta.get("rules"), "moa: the calibration")
         if len(plan) != max(shapes) + 1:
             raise SparselandError(
                 f"moa: the calibration has rules for {len(plan)} layers, this model has {max(shapes) + 1}"
@@ -186,7 +189,7 @@ class MoA(PrefillMethod, StoreMethod):
         value = calibration.meta["rules"]
         if not isinstance(value, list) or layer >= len(value):
             raise SparselandError(f"moa: the calibration has no layer {layer}")
-        return read_rules([value[layer]], "moa: the calibration")[0]
+        return PLAN.table([value[layer]], "moa: the calibration")[0]
 
     # -------------------------------------------------------------- prompts
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 import sparseland as sl
 from sparseland.attention import minference, mminference
-from sparseland.attention._minference_search import choose
-from sparseland.attention._minference_search import search_layer as minference_search
 from sparseland.attention._mminference_grid import find_strides
 from sparseland.attention._mminference_heads import HeadPlan, Shape
 from sparseland.attention._mminference_index import MixedIndex
 from sparseland.attention._mminference_layout import layout_of
 from sparseland.attention._mminference_search import search_layer
+from sparseland.attention._shape_search import choose
+from sparseland.attention._shape_search import search_layer as minference_search
 from sparseland.attention.mminference import plan_pattern
 from sparseland.claims._mminference_video import Videos, loss_of, train
 from sparseland.measure import timed

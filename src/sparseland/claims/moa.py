@@ -87,7 +87,12 @@ def reproduce(scale: str = "smoke", seed: int = 0) -> dict[str, Any]:
             table["moa, profiled at the shortest length only"] = problem.plan(own[0])
         tried = {}
         for name, plan in table.items():
-            method = MoA(density=density, new_tokens=NEW_TOKENS if full else 0, block_size=64 if full else 16)
+            method = MoA(
+                density=density,
+                new_tokens=NEW_TOKENS if full else 0,
+                block_size=64 if full else 16,
+                plan="uniform" if plan is None else "",
+            )
             with sl.apply(model, method, calibrations=_calibrations(plan)) as handle:
                 row = measure(model, windows, length, dense)
                 stats = handle.stats()
@@ -167,9 +172,9 @@ def _correlation(
 
 
 def _calibrations(plan: Plan | None) -> dict[str, Calibration]:
-    """A plan as what a search leaves behind; none is the uniform plan."""
+    """A plan as what a search leaves behind."""
     if plan is None:
-        return {"moa": Calibration()}
+        return {}
     return {"moa": Calibration({"rules": [[rule.as_dict() for rule in row] for row in plan]})}
 
 

@@ -16,6 +16,7 @@ from sparseland.cli.frontier import check_folder, parse_lengths
 from sparseland.cli.output import emit, finite, print_json, rows_table
 from sparseland.cli.progress import progress
 from sparseland.errors import SparselandError
+from sparseland.files import write_atomically
 
 STUDIES = ("sparse-frontier",)
 
@@ -72,7 +73,8 @@ def run_study(
         with contextlib.redirect_stdout(sys.stderr), progress() as update:
             rows = measure(request, update)
         summary = analysis.summary(rows, score)
-        (out / "summary.json").write_text(json.dumps(finite(summary), indent=1, allow_nan=False))
+        text = json.dumps(finite(summary), indent=1, allow_nan=False)
+        write_atomically(out / "summary.json", text.encode())
         write_page(summary, out / "report.html")
     except OSError as cause:
         raise SparselandError(f"can't write to {out}: {cause.strerror or cause}") from cause

@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from sparseland.errors import SparselandError
-from sparseland.recipe import write_atomically
+from sparseland.files import write_atomically
 from sparseland.report import figures, provenance, selection
 from sparseland.report.pareto import loss_change, number, ratio
 from sparseland.report.results import Recipe, Results, key, read_results, score

@@ -9,8 +9,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from sparseland.files import write_atomically
 from sparseland.laws.sparse_frontier import grouped
-from sparseland.recipe import write_atomically
 from sparseland.report import svg
 
 Row = dict[str, Any]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparseland.ops.kernel_scores.reference import LARGEST, UNJUDGED, finite, judged
+from sparseland.ops.kernel_scores.reference import UNJUDGED, finite, judged
 from sparseland.patterns import cdiv, token_words, word_lists
 
 # Bytes of logits or scores held at once.
@@ -130,8 +130,8 @@ def block_scores(
         # Only the first positions have fine windows and no coarse one: few fine windows tell their sum.
         exact = fine[..., : 4 * kernel // stride].logsumexp(-1)
         lse = torch.where(early, exact.masked_fill(exact == -math.inf, 0), lse)
-        p = fine.sub_(lse[..., None]).clamp_(max=LARGEST).exp_()
-    total = p.sum(2).nan_to_num_(UNJUDGED)
+        p = fine.sub_(lse[..., None]).exp_()
+    total = p.sum(2).nan_to_num_(UNJUDGED, UNJUDGED).clamp_(max=UNJUDGED)
     total.masked_fill_(~judged(compressed[:, :, None, :count]), UNJUDGED)
     sure = visible_kernels(seen_by_all, kernel, stride)
     total[..., sure:].masked_fill_(later(sure, count, kernel, stride)[:, :, 0], 0.0)

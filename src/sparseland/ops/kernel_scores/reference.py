@@ -10,9 +10,8 @@ from torch import Tensor
 
 from sparseland.patterns import cdiv
 
-# A denominator from coarser windows may be too small by any factor; scores end here (base e).
-LARGEST = 40.0
-# The score of what is not a number: above all others, and finite, so that sums and products keep it.
+# The score of what is not a number: above all others, and finite, so that sums and products keep it. A
+# denominator from coarser windows may be too small by any factor: scores end here, too.
 UNJUDGED = 2.0**120
 
 
@@ -32,9 +31,9 @@ def scores(
     if coarse is not None:
         rough = _logits(q, finite(coarse), n_keys, 4 * kernel, 4 * stride, scale).logsumexp(-1)
         lse = torch.where(rough == -math.inf, lse, rough)
-    p = (logits - lse.masked_fill(lse == -math.inf, 0)[..., None]).clamp(max=LARGEST).exp()
+    p = (logits - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
     total = torch.unflatten(p, 1, (compressed.shape[1], -1)).sum(2)  # [B, Hkv, Nq, Nc]
-    total = total.masked_fill(total.isnan() | ~judged(compressed)[:, :, None], UNJUDGED)
+    total = total.masked_fill(total.isnan() | ~judged(compressed)[:, :, None], UNJUDGED).clamp(max=UNJUDGED)
     total = total.masked_fill(_later(compressed, q.shape[2], n_keys, kernel, stride), 0.0)
     blocks = []
     for block in range(cdiv(n_keys, block_size)):

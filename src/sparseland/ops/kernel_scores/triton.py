@@ -5,8 +5,8 @@ given). The second keeps the queries of all heads of a group and passes over the
 tokens with a tile of windows, one product per head, the heads' exponentials summed in registers, and only
 block maxima stored. Windows come in an order in which a block's lie in one thread's registers; what a
 block's last windows lend to the next block is moved there by a product with a shifted identity. Only the
-tiles at the diagonal are masked. The third finds, one query at a time, the ``topk`` best blocks by
-bisection on keys that hold the score's bits above the block's number, so that no two are equal, and merges
+tiles at the diagonal are masked. The third finds, one query at a time, the ``topk``-th largest score by
+bisection on the scores' bits, two bfloat16 at a time, from the threshold of the query before on, and merges
 the queries of a tile into lists. No atomics: the same bits in every run.
 
 With half-precision queries the scores behind a choice are rounded to bfloat16 (to nearest, 8 bits), as
@@ -27,8 +27,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from sparseland.ops._dispatch import interpreting
 from sparseland.ops._rows import rows_at
-from sparseland.ops.kernel_scores.reference import LARGEST, UNJUDGED, finite
+from sparseland.ops.kernel_scores.reference import UNJUDGED, finite
 from sparseland.patterns import cdiv
 
 _LOG2E = 1.4426950408889634
@@ -38,8 +39,13 @@ _UNSPECIALIZED = (
 )  # fmt: skip
 # Score rows are padded to a multiple of this many blocks: tiles of windows end there, and loads are aligned.
 _UNIT = 64
+# What the first blocks get instead of a score; its bits as bfloat16 are finite as float16, too.
+FOREMOST = 1.5 * UNJUDGED
+_UNJUDGED_BITS = (127 + int(math.log2(UNJUDGED))) << 23
 # Bytes of scores held at once.
-_HELD_BYTES = 512 << 20
+_HELD_BYTES = 1 << 30
+# Fewer columns make no smaller pieces.
+_SHORT = 512
 
 
 class Cut(NamedTuple):
@@ -53,12 +59,13 @@ class Cut(NamedTuple):
 
 
 # By padded head dimension; the queries of larger groups than fit are loaded again for each tile of windows.
-SCORE = {64: Cut(64, 64, 4, 3), 128: Cut(64, 64, 4, 2), 256: Cut(64, 64, 4, 2, False)}
-LSE = {64: Cut(128, 64, 4, 3), 128: Cut(128, 64, 8, 3), 256: Cut(64, 64, 4, 2)}
+SCORE = {64: Cut(64, 64, 4, 4), 128: Cut(64, 64, 4, 2), 256: Cut(64, 64, 4, 2, False)}
+LSE = {64: Cut(128, 64, 4, 2), 128: Cut(256, 64, 8, 2), 256: Cut(64, 64, 4, 2)}
 FULL_PRECISION = Cut(32, 32, 4, 1, False)
 _HELD_QUERIES = 128 << 10
 # Columns of a row of scores that one warp of the list kernel holds.
-LIST_COLUMNS = 2048
+LIST_COLUMNS = 1024
+LIST_REGISTERS = 168
 
 
 @triton.jit
@@ -114,13 +121,13 @@ def _lse_kernel(
 
 @triton.jit
 def _score_walk(
-    b_before, b_qs, b_lses, p_q, p_lse, p_out, row, c, stride_qh, stride_cn, Nq, Nc, b_seen, begin, end,
+    b_late, b_qs, b_lses, p_q, p_lse, p_out, row, c, stride_qh, stride_cn, Nq, Nc, b_seen, b_end, begin, end,
     scale_log2,
     G: tl.constexpr, PER: tl.constexpr, REACH: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, CLAMP: tl.constexpr, LARGEST: tl.constexpr,
-    UNJUDGED: tl.constexpr, HOLD: tl.constexpr, EDGE: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, UNJUDGED: tl.constexpr, HOLD: tl.constexpr, EDGE: tl.constexpr,
+    LISTED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the blocks of the windows [begin, end); ``b_before``: what the tile before lends on."""
+    """Scores of the blocks of the windows [begin, end); ``b_late``: what the tile before lends."""
     NB: tl.constexpr = BN // PER
     i_d = tl.arange(0, BD)
     i_nb = tl.arange(0, NB)
@@ -129,44 +136,46 @@ def _score_walk(
     i_window = i_n % NB * PER + i_n // NB
     if REACH > 0:
         # Block b lends to block b + 1, and the last one to the first of the next tile.
-        b_shift = (i_nb[:, None] + 1 == i_nb[None, :]).to(p_out.dtype.element_ty)
-        b_wrap = (i_nb[:, None] == i_nb[None, :] + (NB - 1)).to(p_out.dtype.element_ty)
+        i_to = tl.arange(0, 2 * NB)
+        b_move = (i_nb[:, None] + 1 == tl.where(i_to == NB, NB, i_to)[None, :]) & (i_to <= NB)[None, :]
+        b_move = b_move.to(p_out.dtype.element_ty)
         i_per = tl.arange(0, PER)[None, :, None]
     for n0 in range(begin, end, BN):
         i_c = n0 + i_window
         b_c = tl.trans(rows_at(c, i_c, stride_cn, Nc, D, BD, True, EDGE))
-        b_r = tl.zeros([BT, BN], tl.float32)
         if HOLD:
             for i_g in tl.static_range(G):
                 b_s = tl.dot(b_qs[i_g], b_c, input_precision="ieee") * scale_log2 - b_lses[i_g][:, None]
-                if CLAMP:
-                    b_s = tl.minimum(b_s, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-                b_r += tl.exp2(b_s)
+                b_e = tl.exp2(b_s)
+                b_r = b_e if i_g == 0 else b_r + b_e
         else:
+            b_r = tl.zeros([BT, BN], tl.float32)
             p_head = p_q
             for i_g in range(0, G):
                 b_q = tl.load(p_head, mask=row[:, None] & (i_d < D)[None, :], other=0.0)
                 p_head += stride_qh
                 b_lse = tl.load(p_lse + i_g * Nq, mask=row, other=0.0)
-                b_s = tl.dot(b_q, b_c, input_precision="ieee") * scale_log2 - b_lse[:, None]
-                if CLAMP:
-                    b_s = tl.minimum(b_s, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-                b_r += tl.exp2(b_s)
-        # What is not a number is above all numbers.
-        b_r = tl.where(b_r < UNJUDGED, b_r, UNJUDGED)
+                b_r += tl.exp2(tl.dot(b_q, b_c, input_precision="ieee") * scale_log2 - b_lse[:, None])
+        # As numbers without sign: what is not a number is then above all numbers.
+        b_bits = b_r.to(tl.uint32, bitcast=True)
         if EDGE:
-            b_r = tl.where(i_c[None, :] < b_seen[:, None], b_r, 0.0)
-        b_split = tl.reshape(b_r, [BT, PER, NB])
-        b_best = tl.max(b_split, 1)
+            b_bits = tl.where(i_c[None, :] < b_seen[:, None], b_bits, 0)
+        b_split = tl.reshape(b_bits, [BT, PER, NB])
+        b_best = tl.minimum(tl.max(b_split, 1), UNJUDGED)
         if REACH > 0:
             # The last windows of a block reach into the next one.
-            b_tail = tl.max(tl.where(i_per >= PER - REACH, b_split, 0.0), 1).to(p_out.dtype.element_ty)
-            b_lent = tl.dot(b_tail, b_shift, input_precision="ieee")
-            b_lent = tl.dot(b_before, b_wrap, b_lent, input_precision="ieee")
-            b_best = tl.maximum(b_best, b_lent)
-            b_before = b_tail
-        tl.store(p_out + n0 // PER + i_nb[None, :], b_best.to(p_out.dtype.element_ty), mask=row[:, None])
-    return b_before
+            b_tail = tl.minimum(tl.max(tl.where(i_per >= PER - REACH, b_split, 0), 1), UNJUDGED)
+            b_tail = b_tail.to(tl.float32, bitcast=True).to(p_out.dtype.element_ty)
+            b_lent = tl.dot(b_tail, b_move, input_precision="ieee")
+            b_lent, b_next = tl.split(tl.trans(tl.reshape(b_lent, [BT, 2, NB]), 0, 2, 1))
+            b_best = tl.maximum(b_best, tl.maximum(b_lent, b_late).to(tl.uint32, bitcast=True))
+            b_late = b_next
+        b_best = b_best.to(tl.float32, bitcast=True).to(p_out.dtype.element_ty)
+        i_block = n0 // PER + i_nb[None, :]
+        if EDGE and LISTED:
+            b_best = tl.where(i_block < b_end[:, None], b_best, -1.0)
+        tl.store(p_out + i_block, b_best, mask=row[:, None])
+    return b_late
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -175,8 +184,9 @@ def _score_kernel(
     stride_qb, stride_qh, stride_qn, stride_cb, stride_ch, stride_cn, H, Nq, Nc, offset, i_first, n_rows,
     units, scale_log2,
     G: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PER: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, CLAMP: tl.constexpr, LARGEST: tl.constexpr,
-    UNJUDGED: tl.constexpr, HOLD: tl.constexpr, UNIT: tl.constexpr,
+    BD: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, UNJUDGED: tl.constexpr, HOLD: tl.constexpr,
+    UNIT: tl.constexpr, LISTED: tl.constexpr, WINDOW: tl.constexpr, INIT: tl.constexpr,
+    FIRSTS: tl.constexpr, FOREMOST: tl.constexpr,
 ):  # fmt: skip
     """Block scores of a tile of tokens and one key head, up to the last block that a window of it touches.
 
@@ -197,10 +207,14 @@ def _score_kernel(
     p_out = scores + i_row[:, None] * (units * UNIT)
     b_seen = tl.maximum(i_q + offset + 1 - KERNEL + STRIDE, 0) // STRIDE
     sure = tl.minimum(tl.maximum(i_first + i_t * BT + offset + 1 - KERNEL + STRIDE, 0) // STRIDE, Nc)
-    sure = sure // BN * BN
     last = i_first + tl.minimum(i_t * BT + BT, n_rows) + offset
     # The blocks of all tokens up to the last: their windows may still lack keys.
-    end = (last + PER * STRIDE - 1) // (PER * STRIDE) * PER
+    end = tl.maximum((last + PER * STRIDE - 1) // (PER * STRIDE) - WINDOW, 0) * PER
+    b_end = (i_q + offset) // (PER * STRIDE) - WINDOW + 1
+    if LISTED:
+        first_end = (i_first + i_t * BT + offset) // (PER * STRIDE) - WINDOW + 1
+        sure = tl.minimum(sure, tl.maximum(first_end, 0) * PER)
+    sure = sure // BN * BN
     b_qs = ()
     b_lses = ()
     p_head = p_q
@@ -209,22 +223,59 @@ def _score_kernel(
             b_qs = b_qs + (tl.load(p_head, mask=inside, other=0.0),)  # noqa: RUF005
             p_head += stride_qh
             b_lses = b_lses + (tl.load(p_lse + i_g * Nq, mask=row, other=0.0),)  # noqa: RUF005
-    b_before = tl.zeros([BT, BN // PER], scores.dtype.element_ty)
-    b_before = _score_walk(
-        b_before, b_qs, b_lses, p_q, p_lse, p_out, row, c, stride_qh, stride_cn, Nq, Nc, b_seen, 0, sure,
-        scale_log2, G, PER, REACH, D, BD, BT, BN, CLAMP, LARGEST, UNJUDGED, HOLD, False,
+    b_late = tl.zeros([BT, BN // PER], tl.float32)
+    b_late = _score_walk(
+        b_late, b_qs, b_lses, p_q, p_lse, p_out, row, c, stride_qh, stride_cn, Nq, Nc, b_seen, b_end,
+        0, sure, scale_log2, G, PER, REACH, D, BD, BT, BN, UNJUDGED, HOLD, False, LISTED,
     )  # fmt: skip
-    b_before = _score_walk(
-        b_before, b_qs, b_lses, p_q, p_lse, p_out, row, c, stride_qh, stride_cn, Nq, Nc, b_seen, sure, end,
-        scale_log2, G, PER, REACH, D, BD, BT, BN, CLAMP, LARGEST, UNJUDGED, HOLD, True,
+    b_late = _score_walk(
+        b_late, b_qs, b_lses, p_q, p_lse, p_out, row, c, stride_qh, stride_cn, Nq, Nc, b_seen, b_end,
+        sure, end, scale_log2, G, PER, REACH, D, BD, BT, BN, UNJUDGED, HOLD, True, LISTED,
     )  # fmt: skip
+    if LISTED and INIT > 0:
+        # The first blocks come before all others. Other threads may have stored their scores.
+        tl.debug_barrier()
+        i_f = tl.arange(0, FIRSTS)[None, :]
+        b_above = tl.full([BT, FIRSTS], FOREMOST, scores.dtype.element_ty)
+        tl.store(p_out + i_f, b_above, mask=row[:, None] & (i_f < INIT) & (i_f < b_end[:, None]))
+
+
+@triton.jit
+def _reach(b_x, least, EACH: tl.constexpr, PACKED: tl.constexpr):
+    """All bits set of those scores whose bits are ``least`` or more; EACH: scores in a number, 1 or 2.
+
+    PACKED: in one instruction, as if they were float16. Up to 0x7BFF their bits sort as bfloat16's do.
+    """
+    if EACH == 1:
+        b_mask = tl.where(b_x >= least, -1, 0)
+    elif PACKED:
+        b_mask = tl.inline_asm_elementwise(
+            "set.ge.u32.f16x2 $0, $1, $2;", "=r,r,r", [b_x, least * 0x10001], tl.int32, is_pure=True, pack=1
+        )
+    else:
+        b_mask = tl.where((b_x << 16) >= (least << 16), 0xFFFF, 0)
+        b_mask |= tl.where((b_x >> 16) >= least, -0x10000, 0)
+    return b_mask
+
+
+@triton.jit
+def _count(b_mask, EACH: tl.constexpr):
+    """How many scores a mask holds."""
+    total = tl.sum(b_mask, 0)
+    if EACH == 1:
+        n = -total
+    else:
+        # -1 for each low half that is set and borrowed from the high ones, -0x10000 for each high half.
+        low = (-total) & 0xFFFF
+        n = low * 2 - ((total + low) >> 16)
+    return n
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _list_kernel(
-    scores, counts, indices, members, units, n_rows, T, i_first, first, window, init, topk, dense_len,
-    longest, TILE: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, GROUPS: tl.constexpr,
-    UNIT: tl.constexpr,
+    scores, counts, indices, members, units, n_rows, T, i_first, first, window, topk, dense_len, longest,
+    TILE: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr, EACH: tl.constexpr, PACKED: tl.constexpr,
+    WHOLE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """The list of one tile of queries: each query's best blocks, then their union with a word per block.
 
@@ -232,50 +283,77 @@ def _list_kernel(
     """
     i_t = tl.num_programs(0) - 1 - tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
-    i_c = tl.arange(0, BC)
-    NUMBER: tl.constexpr = 16  # bits for a block's number
-    WIDE: tl.constexpr = scores.dtype.element_ty == tl.float32
-    INT: tl.constexpr = tl.int64 if WIDE else tl.int32
-    BITS: tl.constexpr = tl.int32 if WIDE else tl.int16
-    b_words = tl.zeros([BC], tl.int32)
-    for t in range(0, TILE):
-        i_r = i_t * TILE + t
-        position = first + i_r
-        # Candidates: the blocks before the query's window.
-        before = tl.maximum(tl.where(i_r < n_rows, position // BS - window + 1, 0), 0)
-        wanted = tl.where((before <= topk) | (position + 1 < dense_len), before, topk)
-        if wanted == before:
-            b_words = b_words | ((i_c < before).to(tl.int32) << t)
-        else:
-            p_s = scores + (i_bh * n_rows + i_r) * (units * UNIT) + i_c
-            # A mask of whole units lets loads be wide; what lies behind ``before`` is dropped below.
-            b_s = tl.load(p_s, mask=i_c < (before + UNIT - 1) // UNIT * UNIT, other=0.0)
-            # The first blocks come before all; of the others ``need`` are wanted.
-            firsts = tl.minimum(init, wanted)
-            need = wanted - firsts
-            # Scores are not negative, so their bits sort as they do.
-            b_key = b_s.to(BITS, bitcast=True).to(INT)
-            b_key = (b_key << NUMBER) | ((1 << NUMBER) - 1 - i_c)
-            b_key = tl.where((i_c >= init) & (i_c < before), b_key, -1)
-            # low: at least as many as needed are not below it; high: fewer are not below it.
-            b_group = tl.max(tl.reshape(b_key, [BC // GROUPS, GROUPS]), 0)
-            low = tl.maximum(tl.min(b_group, 0), 0)  # each of GROUPS >= topk groups has one
-            high = tl.max(b_group, 0) + 1
-            n = need + 1
-            while (high - low > 1) & (n != need):
-                middle = low + (high - low) // 2
-                n = tl.sum((b_key >= middle).to(tl.int32), 0)
-                low = tl.where(n >= need, middle, low)
-                high = tl.where(n >= need, high, middle)
-            b_taken = (i_c < firsts) | ((b_key >= low) & (need > 0))
-            b_words = b_words | (b_taken.to(tl.int32) << t)
-    b_listed = (b_words != 0).to(tl.int32)
-    b_place = tl.cumsum(b_listed, 0) - 1
+    NX: tl.constexpr = BC // EACH
+    NONE: tl.constexpr = -0x407F4080  # -1 and -1: below every score
+    TOP: tl.constexpr = 0x7BFF if EACH == 2 else 0x7BFFFFFF  # no score's bits
+    i_x = tl.arange(0, NX)
+    b_parts = ()
+    guess = TOP // 2
+    for part in tl.static_range((TILE + 15) // 16):
+        # A bit for each of 16 queries, twice where EACH is 1, or for each of two blocks.
+        b_part = tl.zeros([NX], tl.int32)
+        for t in range(part * 16, min(TILE, part * 16 + 16)):
+            i_r = i_t * TILE + t
+            position = first + i_r
+            # Candidates: the blocks before the query's window.
+            before = tl.maximum(tl.where(i_r < n_rows, position // BS - window + 1, 0), 0)
+            everything = (before <= topk) | (position + 1 < dense_len)
+            if WHOLE:
+                b_taken = tl.where(i_x * EACH < before, -1, 0)
+                if EACH == 2:
+                    b_taken = tl.where(i_x * 2 + 1 < before, b_taken, b_taken & 0xFFFF)
+            else:
+                p_x = scores + (i_bh * n_rows + i_r) * (units * (UNIT // EACH)) + i_x
+                # Masks of 16 blocks let loads be wide; behind ``before`` stand negative numbers.
+                b_x = tl.load(p_x, mask=i_x < (before + 15) // 16 * (16 // EACH), other=NONE)
+                # ``n`` scores reach ``low``, as many as wanted or more; fewer, ``n_high``, reach ``high``.
+                low, n, high, n_high = 0, tl.where(everything, topk, before), TOP, 0
+                # Neighbours' thresholds are alike: begin there, and look farther and farther away.
+                middle, far = guess, 32 if EACH == 2 else 0x200000
+                while (high - low > 1) & (n != topk):
+                    n_middle = _count(_reach(b_x, middle, EACH, PACKED), EACH)
+                    if n_middle >= topk:
+                        low, n = middle, n_middle
+                    else:
+                        high, n_high = middle, n_middle
+                    middle = low + (high - low) // 2
+                    if high == TOP:
+                        middle = tl.minimum(low + far, TOP - 1)
+                    if low == 0:
+                        middle = tl.maximum(high - far, 1)
+                    far = tl.minimum(far * 2, TOP // 8)
+                guess = tl.minimum(tl.maximum(low, 1), TOP - 1)
+                b_taken = _reach(b_x, low, EACH, PACKED)
+                if n != topk:
+                    # Of the scores that equal ``low`` the first, as many as there is room for.
+                    b_above = _reach(b_x, high, EACH, PACKED)
+                    b_ties = b_taken ^ b_above
+                    b_low, b_high = b_ties & 1, (b_ties >> 31) & 1
+                    if EACH == 1:
+                        b_high = b_high * 0
+                    b_rank = tl.cumsum(b_low + b_high, 0)
+                    room = topk - n_high
+                    b_first = tl.where(b_rank - b_high <= room, b_ties & 0xFFFF, 0)
+                    b_taken = b_above | tl.where(b_rank <= room, b_ties, b_first)
+            b_part |= b_taken & (tl.full([], 0x10001, tl.int32) << (t % 16))
+        b_parts = b_parts + (b_part,)  # noqa: RUF005
+    b_even, b_odd = b_parts[0] & 0xFFFF, (b_parts[0] >> 16) & 0xFFFF
+    if TILE > 16:
+        b_even, b_odd = b_even | (b_parts[1] << 16), b_odd | (b_parts[1] & -0x10000)
     i_list = i_bh * T + i_first + i_t
-    fits = (b_listed != 0) & (b_place < longest)
-    tl.store(indices + i_list * longest + b_place, i_c, mask=fits)
-    tl.store(members + i_list * longest + b_place, b_words, mask=fits)
-    tl.store(counts + i_list, tl.sum(b_listed, 0))
+    p_index = indices + i_list * longest
+    p_word = members + i_list * longest
+    b_first = (b_even != 0).to(tl.int32)
+    b_second = (b_odd != 0).to(tl.int32) if EACH == 2 else b_first * 0
+    b_place = tl.cumsum(b_first + b_second, 0) - b_second
+    fits = (b_first != 0) & (b_place <= longest)
+    tl.store(p_index + b_place - 1, i_x * EACH, mask=fits)
+    tl.store(p_word + b_place - 1, b_even, mask=fits)
+    if EACH == 2:
+        fits = (b_second != 0) & (b_place < longest)
+        tl.store(p_index + b_place, i_x * 2 + 1, mask=fits)
+        tl.store(p_word + b_place, b_odd, mask=fits)
+    tl.store(counts + i_list, tl.sum(b_first + b_second, 0))
 
 
 def scores(
@@ -294,14 +372,15 @@ def scores(
     offset, columns = n_keys - Nq, cdiv(n_keys, block_size)
     lse = denominators(q, compressed, coarse, kernel, stride, offset, scale)
     out = q.new_zeros(B, compressed.shape[1], Nq, cdiv(columns, _UNIT) * _UNIT, dtype=torch.float32)
-    score(out, q, compressed, lse, 0, offset, kernel, stride, block_size, scale, coarse is not None)
+    windows = finite(compressed, math.nan)  # an infinity could give -inf, which is a number's score
+    score(out, q, windows, lse, 0, offset, kernel, stride, block_size, scale)
     return out[..., :columns].contiguous()
 
 
 def score(
     out: Float[Tensor, "B Hkv R M"],
     q: Float[Tensor, "B Hq Nq D"],
-    compressed: Float[Tensor, "B Hkv Nc D"],
+    windows: Float[Tensor, "B Hkv Nc D"],
     lse: Float[Tensor, "B Hq Nq"],
     start: int,
     offset: int,
@@ -309,14 +388,19 @@ def score(
     stride: int,
     block_size: int,
     scale: float,
-    clamp: bool,
+    window: int | None = None,
+    init: int = 0,
     cut: Cut | None = None,
 ) -> None:
-    """Scores of the queries from ``start`` on, into ``out``, as far as each tile's windows go."""
+    """Scores of the queries from ``start`` on, into ``out``, as far as each tile's windows go.
+
+    ``windows`` that can't be judged are NaN. With a ``window`` (in blocks) scores are as :func:`lists` takes
+    them: the first ``init`` blocks' are ``FOREMOST``, and from the query's window on stand negative numbers,
+    up to a multiple of 16 blocks.
+    """
     B, H, Nq, D = q.shape
     Hkv, rows, width = out.shape[1:]
-    per_block, BD = block_size // stride, max(16, triton.next_power_of_2(D))
-    compressed = finite(compressed, math.nan)  # an infinity could give -inf, which is a number's score
+    G, per_block, BD = H // Hkv, block_size // stride, max(16, triton.next_power_of_2(D))
     if cut is None:
         cut = FULL_PRECISION if q.dtype == torch.float32 else SCORE[max(BD, 64)]
     # At least 16 blocks, which a product takes, and whole units.
@@ -324,10 +408,10 @@ def score(
 
     def launch(hold: bool) -> None:
         _score_kernel[(cdiv(rows, cut.BT), Hkv, B)](
-            q, compressed, lse, out, *q.stride()[:3], *compressed.stride()[:3], H, Nq, compressed.shape[2],
-            offset, start, rows, width // _UNIT, scale * _LOG2E, H // Hkv, kernel, stride, per_block, D, BD,
-            cut.BT, BN, clamp, LARGEST * _LOG2E, UNJUDGED, hold, _UNIT, num_warps=cut.warps,
-            num_stages=cut.stages,
+            q, windows, lse, out, *q.stride()[:3], *windows.stride()[:3], H, Nq, windows.shape[2],
+            offset, start, rows, width // _UNIT, scale * _LOG2E, G, kernel, stride, per_block, D, BD,
+            cut.BT, BN, _UNJUDGED_BITS, hold, _UNIT, window is not None, window or 0, init,
+            triton.next_power_of_2(init or 1), FOREMOST, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
 
     if cut.hold and H // Hkv * cut.BT * BD * q.element_size() <= _HELD_QUERIES:
@@ -400,7 +484,7 @@ def select(
     if not longest:
         return counts, indices, members
     made = (counts, indices, members)
-    choice = (offset, block_size, window, init, topk, dense_len, tile)
+    choice = (offset, block_size, window, topk, dense_len, tile)
     # Queries up to here take every block before their window: they need no scores.
     whole = max(dense_len - 1, (topk + window) * block_size) - offset
     whole = min(max(whole, 0), Nq) // tile * tile
@@ -411,15 +495,26 @@ def select(
         return made
     later = q[:, :, whole:]
     lse = denominators(later, compressed, coarse, kernel, stride, offset + whole, scale)
-    sizes = (kernel, stride, block_size, scale, coarse is not None)
-    widest = cdiv(cdiv(n_keys, block_size), _UNIT) * _UNIT
-    rows = max(tile, _HELD_BYTES // (B * Hkv * widest * dtype.itemsize) // tile * tile)
-    for start in range(whole, Nq, rows):
+    # An infinity could give -inf, which is a number's score.
+    windows = finite(compressed, math.nan)
+    sizes = (kernel, stride, block_size, scale, window, init)
+    held = torch.empty(0, dtype=dtype, device=q.device)
+    start = whole
+    while start < Nq:
+        # A piece ends where its rows would need a list kernel of twice the columns, or with the space.
+        columns = triton.next_power_of_2((offset + start + tile) // block_size - window + 1)
+        widest = cdiv(min(max(columns, _SHORT) + window, cdiv(n_keys, block_size)), _UNIT) * _UNIT
+        rows = (max(columns, _SHORT) + window) * block_size - offset - start
+        rows = max(tile, min(rows, _HELD_BYTES // (B * Hkv * widest * dtype.itemsize)) // tile * tile)
         end = min(start + rows, Nq)
         width = cdiv(cdiv(offset + end, block_size), _UNIT) * _UNIT
-        held = q.new_empty(B, Hkv, end - start, width, dtype=dtype)
-        score(held, later, compressed, lse, start - whole, offset + whole, *sizes)
-        lists(held, made, start, *choice)
+        size = B * Hkv * (end - start) * width
+        if held.numel() < size:
+            held = torch.empty(size, dtype=dtype, device=q.device)
+        piece = held[:size].view(B, Hkv, end - start, width)
+        score(piece, later, windows, lse, start - whole, offset + whole, *sizes)
+        lists(piece, made, start, *choice)
+        start = end
     return made
 
 
@@ -430,24 +525,26 @@ def lists(
     offset: int,
     block_size: int,
     window: int,
-    init: int,
     topk: int,
     dense_len: int,
     tile: int,
     per_warp: int | None = None,
+    registers: int | None = None,
 ) -> None:
     """Counts, indices and members of the best blocks of the queries from ``start`` on, into ``made``.
 
-    ``scores`` are as :func:`score` leaves them; without columns, where every query takes all it can.
+    ``scores`` are as :func:`score` leaves them for a ``window``; without columns, where every query takes all
+    it can.
     """
     counts, indices, members = made
     B, Hkv, T = counts.shape
-    rows = scores.shape[2]
+    rows, width = scores.shape[2:]
     columns = max(1, (offset + start + rows - 1) // block_size - window + 1)
-    GROUPS = triton.next_power_of_2(topk)
-    BC = max(16, GROUPS, triton.next_power_of_2(columns))
+    BC = max(64, triton.next_power_of_2(columns))
+    warps = max(1, min(16, BC // (per_warp or LIST_COLUMNS)))
     _list_kernel[(cdiv(rows, tile), B * Hkv)](
-        scores, counts, indices, members, scores.shape[3] // _UNIT, rows, T, start // tile, offset + start,
-        window, init, topk, dense_len, indices.shape[3], tile, block_size, BC, GROUPS, _UNIT,
-        num_warps=max(1, min(16, BC // (per_warp or LIST_COLUMNS))),
+        scores.view(torch.int32) if width else counts, counts, indices, members, width // _UNIT, rows, T,
+        start // tile, offset + start, window, topk, dense_len, indices.shape[3], tile, block_size, BC,
+        4 // scores.element_size(), not interpreting(), not width, _UNIT, num_warps=warps,
+        maxnreg=registers or LIST_REGISTERS,
     )  # fmt: skip

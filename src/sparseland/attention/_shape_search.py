@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sparseland.attention._minference_heads import HeadShape
-from sparseland.attention._minference_index import LayerIndex, Sizes
+from sparseland.attention._head_shapes import HeadShape
+from sparseland.attention._shape_index import LayerIndex, Sizes
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs
 from sparseland.ops.attend import attend

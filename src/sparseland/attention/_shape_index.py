@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparseland.attention._minference_heads import HeadShape
+from sparseland.attention._head_shapes import HeadShape
 from sparseland.method import AttentionInputs
 from sparseland.ops.block_lists import block_lists, column_lists
 from sparseland.ops.block_lists.fast import band_mask
