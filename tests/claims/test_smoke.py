@@ -19,9 +19,7 @@ SLUGS = sorted(p.stem for p in Path(sparseland.claims.__file__).parent.glob("[a-
 LONG = ("minference", "mustafar", "r_sparse", "seer_attention")
 
 
-@pytest.mark.parametrize(
-    "slug", [pytest.param(s, marks=pytest.mark.slow) if s in LONG else s for s in SLUGS]
-)
+@pytest.mark.parametrize("slug", [pytest.param(s, marks=pytest.mark.slow) if s in LONG else s for s in SLUGS])
 def test_smoke(slug: str) -> None:
     result = importlib.import_module(f"sparseland.claims.{slug}").reproduce("smoke")
     assert method_class(result["slug"]).card.slug == slug.replace("_", "-")

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from sparseland.errors import SparselandError
+from sparseland.ops._dispatch import why_no_gluon
 from sparseland.ops.block_sparse_attention import (
     _backward,
     _forward,
-    _why_not_gluon,
     block_sparse_attention,
 )
 from sparseland.patterns import BlockPattern, cdiv
@@ -53,12 +53,17 @@ CASES = {
     "half precision": Case(1, 2, 1, 128, 128, 80, 64, dtype=torch.float16),
 }
 SIZES = [(64, 64), (64, 128), (80, 128), (96, 64), (128, 64), (128, 128), (256, 128), (256, 64)]
-# FA4's and Gluon's routes take blocks of 128 and some head dimensions only.
+# Head and block sizes that FA4's and Gluon's routes take.
+TAKEN = {
+    "fa4": [(D, 128) for D in (64, 96, 128)],
+    "gluon": [(D, 128) for D in (64, 128)],
+    "gluon64": [(128, 64)],
+}
 COMPILED = [
     (D, block_size, backend)
     for D, block_size in SIZES
-    for backend in ("triton", "fa4", "gluon")
-    if backend == "triton" or (block_size == 128 and D in ((64, 96, 128) if backend == "fa4" else (64, 128)))
+    for backend in ("triton", *TAKEN)
+    if (D, block_size) in TAKEN.get(backend, SIZES)
 ]
 
 
@@ -158,12 +163,10 @@ def test_what_is_no_number_shows_in_output_and_lse(where: str, backend: str) -> 
     assert torch.equal(out.isnan().any(-1), harmed)
 
 
-def skip_where_missing(backend: str, D: int) -> None:
+def skip_where_missing(backend: str) -> None:
     if backend == "fa4":
         pytest.importorskip("flash_attn.cute")
-    if backend == "gluon" and (
-        reason := _why_not_gluon(torch.empty(0, 0, 0, D, device=DEVICE).bfloat16(), 128)
-    ):
+    if backend.startswith("gluon") and (reason := why_no_gluon(torch.empty(0, device=DEVICE))):
         pytest.skip(reason)
 
 
@@ -173,7 +176,7 @@ if DEVICE == "cuda":  # elsewhere there is nothing to collect
     @pytest.mark.usefixtures("poisoned")
     @pytest.mark.parametrize(("D", "block_size", "backend"), COMPILED)
     def test_compiled_kernels(D: int, block_size: int, backend: str) -> None:
-        skip_where_missing(backend, D)
+        skip_where_missing(backend)
         for dtype in (torch.bfloat16, torch.float16):
             for n_queries, n_keys in ((1000, 1000), (300, 1111)):
                 case = Case(2, 4, 2, n_queries, n_keys, D, block_size, 0.4, dtype=dtype)
@@ -193,7 +196,7 @@ if DEVICE == "cuda":  # elsewhere there is nothing to collect
         D: int, block_size: int, backend: str
     ) -> None:
         """Persistent kernels go from row to row, past those that list nothing."""
-        skip_where_missing(backend, D)
+        skip_where_missing(backend)
         for n_queries, n_keys in ((4000, 4000), (3900, 4099)):
             case = Case(1, 16, 4, n_queries, n_keys, D, block_size, 0.03, dtype=torch.bfloat16)
             q, k, v, pattern = inputs(case)
@@ -260,6 +263,28 @@ def test_plain_backward_passes_gradcheck() -> None:
         return out, lse.masked_fill(lse == -math.inf, 0)
 
     assert torch.autograd.gradcheck(attention, [t.detach().double().requires_grad_() for t in (q, k, v)])
+
+
+@pytest.mark.parametrize("chunk", [16, 128])
+@pytest.mark.parametrize(
+    ("blocks", "keys", "listed"), [(7, 600, 0.2), (4, 30, 0.5), (5, 300, 0.0), (8, 256, 1.0), (1, 1, 1.0)]
+)
+def test_neighbours_lists_are_parted_into_shared_and_own(
+    blocks: int, keys: int, listed: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparseland.ops.block_sparse_attention import shared_lists
+
+    monkeypatch.setattr(shared_lists, "_CHUNK", chunk)
+    mask = torch.rand(2, 2, blocks, keys, generator=torch.Generator().manual_seed(0)) < listed
+    mask[:, :, 1:2] &= mask[:, :, 0:1]
+    pattern = BlockPattern.from_block_mask(mask.to(DEVICE), 64, 64 * blocks, 64 * keys)
+    counts, lists = shared_lists.share_lists(pattern.counts, pattern.indices)
+    assert counts.shape == (2, 2, cdiv(blocks, 2), 3)
+    mask = torch.nn.functional.pad(pattern.block_mask(), (0, 0, 0, blocks % 2))
+    first, second = mask[:, :, 0::2], mask[:, :, 1::2]
+    parts = torch.stack((first & second, first & ~second, second & ~first), 3)
+    for part, count, row in zip(parts.flatten(0, 3), counts.flatten(), lists.flatten(0, 3), strict=True):
+        assert row[:count].tolist() == part.nonzero().flatten().tolist()
 
 
 def test_triton_is_deterministic() -> None:

@@ -71,6 +71,18 @@ def _why_not_gluon(q: Tensor, block_size: int) -> str | None:
     return None
 
 
+def _why_not_gluon64(q: Tensor, block_size: int) -> str | None:
+    if reason := why_no_gluon(q):
+        return reason
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs bfloat16 or float16, got {q.dtype}"
+    if block_size != 64:
+        return f"it needs block size 64, got {block_size}"
+    if q.shape[3] != 128:
+        return f"it needs a head dimension of 128 (with 64 Triton's is as fast), got {q.shape[3]}"
+    return None
+
+
 def _why_not_triton(q: Tensor, block_size: int) -> str | None:
     if reason := why_no_triton(q):
         return reason
@@ -96,6 +108,7 @@ def _why_not_reference(q: Tensor, block_size: int) -> str | None:
 # In the order of speed. All forwards share one signature; backwards are chosen in `_backward_module`.
 _BACKENDS = (
     Backend("gluon", f"{__name__}.gluon", _why_not_gluon),
+    Backend("gluon64", f"{__name__}.gluon64", _why_not_gluon64),
     Backend("fa4", f"{__name__}.fa4", _why_not_fa4),
     Backend("triton", f"{__name__}.triton", _why_not_triton),
     Backend("cpu", f"{__name__}.cpu", _why_not_cpu),
@@ -105,6 +118,7 @@ _BACKWARD = {
     "fa4": Backend("fa4", f"{__name__}.fa4", _why_not_fa4),
     "triton": Backend("triton", f"{__name__}.triton_backward", _why_not_triton),
 }
+_TRAINABLE = (*_BACKWARD, "cpu", "reference")
 _PLAIN_BACKWARD = Backend("plain", f"{__name__}.backward", _why_not_reference)
 
 
@@ -153,7 +167,8 @@ def block_sparse_attention(
         pattern: lists of key blocks; its batch and head dimensions may be 1 (the same for all).
         scale: factor on the logits, positive; ``1 / sqrt(D)`` unless given.
         return_lse: also give the log-sum-exp of the scaled logits (natural log, fp32).
-        backend: ``gluon``, ``fa4``, ``triton``, ``cpu`` or ``reference``; by default the fastest that can.
+        backend: ``gluon``, ``gluon64``, ``fa4``, ``triton``, ``cpu`` or ``reference``; by default the fastest
+            that can.
 
     Returns:
         The output in q's type, and on request the log-sum-exp. Both carry gradients to q, k and v.
@@ -260,8 +275,8 @@ def _backward(
     if q.numel() == 0 or indices.shape[3] == 0:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     chosen = choose(_OP, _BACKENDS, backend, q, block_size)
-    if chosen.name == "gluon":  # it has no backward of its own: the fastest that can
-        chosen = choose(_OP, _BACKENDS[1:], None, q, block_size)
+    if chosen.name not in _TRAINABLE:  # no backward of its own: the fastest that can
+        chosen = choose(_OP, tuple(b for b in _BACKENDS if b.name in _TRAINABLE), None, q, block_size)
     module = _BACKWARD.get(chosen.name, _PLAIN_BACKWARD).load()
     dq, dk, dv = module.backward(d_out, d_lse, q, k, v, out, lse, counts, indices, block_size, scale)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
