@@ -4,16 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: frontier test test-slow lint format types check gpu-test gpu-memcheck bench docs clean
+.PHONY: frontier test lint format types check gpu-test gpu-memcheck bench docs clean
 
 frontier: $(STAMP)  ## the main job on the embedded model and the default text
 	$(BIN)/sparseland frontier
 
 test: $(STAMP)  ## the test suite (no GPU needed)
-	$(BIN)/pytest -q -n auto -m "not gpu and not slow"
-
-test-slow: $(STAMP)
-	$(BIN)/pytest -q -n auto -m "slow and not gpu"
+	$(BIN)/pytest -q -n auto -m "not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -29,7 +26,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 gpu-test:  ## on a machine with a CUDA device and the package's dependencies: kernels against references
-	PYTHONPATH=src $(PYTHON) -m pytest -q -m "not slow" tests/ops tests/attention tests/cache tests/test_apply.py tests/test_gpu_devices.py tests/test_gpu_sizes.py
+	PYTHONPATH=src $(PYTHON) -m pytest -q tests/ops tests/attention tests/cache tests/test_apply.py tests/test_gpu_devices.py tests/test_gpu_sizes.py
 
 gpu-memcheck:  ## there, too: no kernel reads or writes outside its tensors (needs NVIDIA's compute-sanitizer)
 	$(PYTHON) tests/memcheck.py

@@ -15,11 +15,7 @@ from sparseland.method import method_class
 SLUGS = sorted(p.stem for p in Path(sparseland.claims.__file__).parent.glob("[a-z]*.py"))
 
 
-# Two minutes each: in `make test-slow`.
-LONG = ("minference", "mustafar", "r_sparse", "seer_attention")
-
-
-@pytest.mark.parametrize("slug", [pytest.param(s, marks=pytest.mark.slow) if s in LONG else s for s in SLUGS])
+@pytest.mark.parametrize("slug", SLUGS)
 def test_smoke(slug: str) -> None:
     result = importlib.import_module(f"sparseland.claims.{slug}").reproduce("smoke")
     assert method_class(result["slug"]).card.slug == slug.replace("_", "-")

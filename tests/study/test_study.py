@@ -586,7 +586,6 @@ def test_what_the_claim_records_can_be_analysed_again(monkeypatch):
     assert [r["mean"] for r in again["safe"]] == [r["mean"] for r in first["safe"]]
 
 
-@pytest.mark.slow
 def test_the_claim_runs_small():
     from sparseland.claims import sparse_frontier as claim
 

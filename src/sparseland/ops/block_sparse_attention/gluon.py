@@ -45,15 +45,17 @@ def _place(ticket, H, G, Mq):
 
 
 @gluon.jit
-def _note(notes, slot, place: gl.constexpr, value):
+def _leave(numbers, place, value):
+    """The loading warp leaves a number in shared memory."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    notes.index(slot * NOTES + place).store(gl.full([1], value, gl.int32, layout=LAYOUT))
+    numbers.index(place).store(gl.full([1], value, gl.int32, layout=LAYOUT))
 
 
 @gluon.jit
-def _read(notes, slot, place: gl.constexpr):
+def _found(numbers, place):
+    """A computing warpgroup finds it there."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(notes.index(slot * NOTES + place).load(LAYOUT), 0)
+    return gl.max(numbers.index(place).load(LAYOUT), 0)
 
 
 @gluon.jit
@@ -87,11 +89,11 @@ def _draw(lists, sizes, notes, ready, empty, turn):
         if masked == 2:
             while gl.load(at + count - 1 - masked, mask=masked < count, other=-1) >= visible:
                 masked += 1
-        _note(notes, slot, 2, masked)
-        _note(notes, slot, 3, last)
-        _note(notes, slot, 4, before)
-    _note(notes, slot, 0, ticket)
-    _note(notes, slot, 1, count)
+        _leave(notes, slot * NOTES + 2, masked)
+        _leave(notes, slot * NOTES + 3, last)
+        _leave(notes, slot * NOTES + 4, before)
+    _leave(notes, slot * NOTES + 0, ticket)
+    _leave(notes, slot * NOTES + 1, count)
     mbarrier.arrive(ready.index(slot), count=1)
     return ticket, count
 
@@ -182,13 +184,13 @@ def _compute(
     step = 0
     queries = 0
     mbarrier.wait(note_ready.index(0), 0)
-    ticket = _read(notes, 0, 0)
+    ticket = _found(notes, 0)
     while ticket < n_rows:
         slot = turn % 2
-        count = _read(notes, slot, 1)
-        masked = _read(notes, slot, 2)
-        last = _read(notes, slot, 3)
-        before = _read(notes, slot, 4)
+        count = _found(notes, slot * NOTES + 1)
+        masked = _found(notes, slot * NOTES + 2)
+        last = _found(notes, slot * NOTES + 3)
+        before = _found(notes, slot * NOTES + 4)
         mbarrier.arrive(note_empty.index(slot), count=1)
         i_b, i_h, _i_hk, i_m = _place(ticket, H, G, Mq)
         at = _list(lists, sizes, i_b, i_h, i_m)
@@ -290,7 +292,7 @@ def _compute(
             mbarrier.arrive(k_empty.index((step - 1) % STAGES), count=1)
         turn += 1
         mbarrier.wait(note_ready.index(turn % 2), (turn // 2) & 1)
-        ticket = _read(notes, turn % 2, 0)
+        ticket = _found(notes, turn % 2 * NOTES)
 
 
 # One compilation serves all of them: it takes about 15 seconds.

@@ -25,24 +25,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sparseland.ops.block_sparse_attention.gluon import _LOG2E, STAGES, _place, _tma_ready
+from sparseland.ops.block_sparse_attention.gluon import _LOG2E, STAGES, _found, _leave, _place, _tma_ready
 from sparseland.ops.block_sparse_attention.shared_lists import share_lists
 
 BLOCK = 64
 _BLOCK = gl.constexpr(BLOCK)
 _NOWHERE = gl.constexpr(1 << 30)  # a position behind all queries
-
-
-@gluon.jit
-def _leave(numbers, place, value):
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    numbers.index(place).store(gl.full([1], value, gl.int32, layout=LAYOUT))
-
-
-@gluon.jit
-def _found(numbers, place):
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(numbers.index(place).load(LAYOUT), 0)
 
 
 @gluon.jit
