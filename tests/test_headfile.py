@@ -21,8 +21,13 @@ def test_a_table_comes_back(tmp_path):
 
 def test_a_malformed_table_leaves_the_old_file(tmp_path):
     path = PLAN.save(tmp_path / "plan.json", RULES)
-    with pytest.raises(SparselandError, match="this plan: layer 0, key head 0: a rule is"):
+    with pytest.raises(SparselandError, match="the table: layer 0, key head 0: a rule is"):
         PLAN.save(path, [[{"alpha": 1}]])
+    with pytest.raises(SparselandError, match="layer 0, key head 0: a rule is"):
+        PLAN.save(path, [[(1, 2)]])
+    for nothing in (None, [], [None], [[]]):
+        with pytest.raises(SparselandError, match='"rules" must be a non-empty list over layers'):
+            PLAN.save(path, nothing)
     assert PLAN.load(path) == RULES
 
 
@@ -45,6 +50,9 @@ def test_too_large_a_file_is_not_read(tmp_path):
         file.truncate(MAX_JSON_BYTES + 1)
     with pytest.raises(SparselandError, match="has over 64 MiB; a plan is small"):
         PLAN.load(path)
+    if os.path.exists("/dev/zero"):  # has no size
+        with pytest.raises(SparselandError, match="has over 64 MiB; a plan is small"):
+            PLAN.load("/dev/zero")
 
 
 def test_a_written_file_has_a_plain_file_s_permissions(tmp_path):

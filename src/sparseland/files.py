@@ -16,6 +16,8 @@ MAX_JSON_BYTES = 64 * 2**20
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old one or the new one, never a part.
 
+    The new one has a new file's permissions; where the path is a link, the link is replaced.
+
     Raises:
         OSError: it can't be written; the old one is untouched.
     """
@@ -42,11 +44,11 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
         SparselandError: not there, too large, not JSON, or not an object.
     """
     try:
-        size = path.stat().st_size
-        content = path.read_bytes() if size <= MAX_JSON_BYTES else b""
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
     except OSError as cause:
         raise SparselandError(f"can't read the {what} {path}: {cause.strerror or cause}") from cause
-    if size > MAX_JSON_BYTES:
+    if len(content) > MAX_JSON_BYTES:
         raise SparselandError(f"{path} has over {MAX_JSON_BYTES >> 20} MiB; a {what} is small")
     try:
         data = json.loads(content)

@@ -71,8 +71,8 @@ class HeadFile(Generic[E]):
             SparselandError: the table is malformed, or the file can't be written.
         """
         path = Path(path)
-        rows = [[part if isinstance(part, dict) else part.as_dict() for part in row] for row in table]
-        self.table(rows, f"this {self.what}")
+        rows = [[x.as_dict() if isinstance(x, self.entry) else x for x in row] for row in _rows(table)]
+        self.table(rows, "the table")
         data = {"format": self.format, "version": self.version, self.key: rows}
         try:
             write_atomically(path, (json.dumps(data, indent=1) + "\n").encode())
@@ -92,6 +92,12 @@ class HeadFile(Generic[E]):
         except OSError as cause:
             raise SparselandError(f"can't read the {self.what} {path}: {cause.strerror or cause}") from cause
         return _load(self, path, status.st_mtime_ns, status.st_size)
+
+
+def _rows(table: Any) -> list[list[Any]]:
+    """Lists of lists; of what is none of them, nothing."""
+    rows = list(table) if isinstance(table, list | tuple) else []
+    return [list(row) if isinstance(row, list | tuple) else [] for row in rows]
 
 
 @lru_cache(maxsize=16)

@@ -53,7 +53,7 @@ class RowFile:
         self.close()
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Append a row; it is on disk when this returns."""
+        """Append a row; the system has it when this returns."""
         self.rows.append(row)
         try:
             self._file.write(_line(row))

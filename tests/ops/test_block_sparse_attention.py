@@ -56,8 +56,7 @@ SIZES = [(64, 64), (64, 128), (80, 128), (96, 64), (128, 64), (128, 128), (256, 
 # Head and block sizes that FA4's and Gluon's routes take.
 TAKEN = {
     "fa4": [(D, 128) for D in (64, 96, 128)],
-    "gluon": [(D, 128) for D in (64, 128)],
-    "gluon64": [(128, 64)],
+    "gluon": [(64, 128), (128, 128), (128, 64)],
 }
 COMPILED = [
     (D, block_size, backend)
@@ -166,7 +165,7 @@ def test_what_is_no_number_shows_in_output_and_lse(where: str, backend: str) -> 
 def skip_where_missing(backend: str) -> None:
     if backend == "fa4":
         pytest.importorskip("flash_attn.cute")
-    if backend.startswith("gluon") and (reason := why_no_gluon(torch.empty(0, device=DEVICE))):
+    if backend == "gluon" and (reason := why_no_gluon(torch.empty(0, device=DEVICE))):
         pytest.skip(reason)
 
 
@@ -272,7 +271,7 @@ def test_plain_backward_passes_gradcheck() -> None:
 def test_neighbours_lists_are_parted_into_shared_and_own(
     blocks: int, keys: int, listed: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparseland.ops.block_sparse_attention import shared_lists
+    from sparseland.ops.block_sparse_attention.gluon import shared_lists
 
     monkeypatch.setattr(shared_lists, "_CHUNK", chunk)
     mask = torch.rand(2, 2, blocks, keys, generator=torch.Generator().manual_seed(0)) < listed
@@ -280,6 +279,8 @@ def test_neighbours_lists_are_parted_into_shared_and_own(
     pattern = BlockPattern.from_block_mask(mask.to(DEVICE), 64, 64 * blocks, 64 * keys)
     counts, lists = shared_lists.share_lists(pattern.counts, pattern.indices)
     assert counts.shape == (2, 2, cdiv(blocks, 2), 3)
+    one = shared_lists.share_lists(pattern.counts[:1, 1:].clone(), pattern.indices[:1, 1:])
+    assert torch.equal(one[0], counts[:1, 1:])
     mask = torch.nn.functional.pad(pattern.block_mask(), (0, 0, 0, blocks % 2))
     first, second = mask[:, :, 0::2], mask[:, :, 1::2]
     parts = torch.stack((first & second, first & ~second, second & ~first), 3)

@@ -207,7 +207,7 @@ def test_pieces_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("init", "topk"), [(0, 1), (1, 5), (3, 3), (2, 16)])
+@pytest.mark.parametrize(("init", "topk"), [(0, 1), (1, 5), (3, 3), (2, 16), (5, 3)])
 def test_triton_lists_are_the_largest_rounded_scores(dtype: torch.dtype, init: int, topk: int) -> None:
     from sparseland.ops.kernel_scores import triton as kernels
     from sparseland.ops.kernel_scores.reference import top
@@ -218,7 +218,7 @@ def test_triton_lists_are_the_largest_rounded_scores(dtype: torch.dtype, init: i
     scores[:, :, 5], scores[:, :, 6] = 0, 1e17
     scores = scores.to(DEVICE, dtype)
     made = tuple(torch.zeros(2, 1, 5, *n, dtype=torch.int32, device=DEVICE) for n in ((), (128,), (128,)))
-    # Queries at 700 ... 722 of blocks of 16, the tiles from the second on; those below 705 take all.
+    # Queries at 700 ... 719 of blocks of 16, the tiles from the second on; those below 705 take all.
     sizes = (16, 2, init, topk, 705)
     block, own = torch.arange(128, device=DEVICE), torch.arange(700, 720, device=DEVICE)[:, None] // 16
     marked = scores.masked_fill(block < init, kernels.FOREMOST).masked_fill(block > own - 2, -1)
@@ -228,6 +228,27 @@ def test_triton_lists_are_the_largest_rounded_scores(dtype: torch.dtype, init: i
     expected = top(scores.float(), 700, *sizes)[..., :44]
     listed = torch.arange(44) <= torch.arange(700, 720)[:, None] // 16 - 2
     assert torch.equal(got & listed.to(DEVICE), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("columns", [8200, 16500])
+def test_rows_of_many_blocks(columns: int, dtype: torch.dtype) -> None:
+    """As many as take 16 warps, which have fewer registers each."""
+    from sparseland.ops.kernel_scores import triton as kernels
+
+    g = torch.Generator().manual_seed(0)
+    scores = torch.rand(1, 1, 3, cdiv(columns, 64) * 64, generator=g).to(DEVICE, dtype)
+    scores[..., columns:] = -1
+    made = tuple(torch.zeros(1, 1, 1, *n, dtype=torch.int32, device=DEVICE) for n in ((), (30,), (30,)))
+    # The last of these queries' windows begins behind all columns.
+    kernels.lists(scores, made, 0, 16 * columns, 16, 1, 10, 0, tile=3)
+    counts, indices, members = made
+    for row in range(3):
+        chosen = {
+            int(i) for i, word in zip(indices[0, 0, 0], members[0, 0, 0], strict=True) if word >> row & 1
+        }
+        assert chosen == set(scores[0, 0, row].topk(10).indices.tolist())
+    assert counts.item() == (members != 0).sum()
 
 
 def test_pieces_of_the_kernels_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:

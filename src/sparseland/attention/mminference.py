@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Int
@@ -41,8 +42,23 @@ DEFAULT_SHAPE = Shape("vertical-slash", DEFAULT_VERTICAL, DEFAULT_SLASH)
 
 __all__ = ["HeadPlan", "MMInference", "Shape", "load_patterns", "save_patterns"]
 
-# To keep per-head patterns (``Calibration.meta["heads"]``) in a file that ``patterns=`` names.
-save_patterns, load_patterns = PATTERNS.save, PATTERNS.load
+
+def save_patterns(path: str | Path, heads: Sequence[Sequence[HeadPlan | dict[str, Any]]]) -> Path:
+    """Write per-head patterns (``Calibration.meta["heads"]``) to a JSON file that ``patterns=`` reads.
+
+    Raises:
+        SparselandError: the patterns are malformed, or the file can't be written.
+    """
+    return PATTERNS.save(path, heads)
+
+
+def load_patterns(path: str | Path) -> tuple[tuple[HeadPlan, ...], ...]:
+    """Read what :func:`save_patterns` wrote, layers of query heads; again only when the file has changed.
+
+    Raises:
+        SparselandError: not there, not JSON, of another format or a newer version, or malformed.
+    """
+    return PATTERNS.load(path)
 
 
 @dataclass(frozen=True)

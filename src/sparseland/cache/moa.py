@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Int
@@ -41,8 +42,23 @@ from sparseland.patterns import BlockPattern, Pattern, WindowPattern, cdiv
 
 __all__ = ["MoA", "Rule", "load_plan", "save_plan"]
 
-# To keep rules (``Calibration.meta["rules"]``) in a file that ``plan=`` names.
-save_plan, load_plan = PLAN.save, PLAN.load
+
+def save_plan(path: str | Path, rules: Sequence[Sequence[Rule | dict[str, Any]]]) -> Path:
+    """Write rules (``Calibration.meta["rules"]``) to a JSON file that ``plan=`` reads.
+
+    Raises:
+        SparselandError: the rules are malformed, or the file can't be written.
+    """
+    return PLAN.save(path, rules)
+
+
+def load_plan(path: str | Path) -> tuple[tuple[Rule, ...], ...]:
+    """Read what :func:`save_plan` wrote, layers of key heads; again only when the file has changed.
+
+    Raises:
+        SparselandError: not there, not JSON, of another format or a newer version, or malformed.
+    """
+    return PLAN.load(path)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Backend:
     """One implementation of an op.
 
     Args:
-        name: ``reference``, ``cpu``, ``triton``, ``gluon``, ``gluon64`` or ``fa4``.
+        name: ``reference``, ``cpu``, ``triton``, ``gluon`` or ``fa4``.
         module: where its functions live, e.g. ``sparseland.ops.block_sparse_attention.triton``.
         why_not: called with the op's arguments; the reason it can't run them, or None.
     """

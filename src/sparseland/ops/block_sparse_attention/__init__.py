@@ -59,27 +59,21 @@ def _why_not_fa4(q: Tensor, block_size: int) -> str | None:
     return None
 
 
+# By block size, the head dimensions that Gluon's kernels take (in heads of 64 Triton's has blocks of 64 as
+# fast).
+_GLUON_DIMS = {64: (128,), 128: (64, 128)}
+
+
 def _why_not_gluon(q: Tensor, block_size: int) -> str | None:
-    if reason := why_no_gluon(q):
+    if reason := why_no_gluon(q) or why_no_triton(q):
         return reason
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it needs bfloat16 or float16, got {q.dtype}"
-    if block_size != 128:
-        return f"it needs block size 128, got {block_size}"
-    if q.shape[3] not in (64, 128):
-        return f"it needs a head dimension of 64 or 128, got {q.shape[3]}"
-    return None
-
-
-def _why_not_gluon64(q: Tensor, block_size: int) -> str | None:
-    if reason := why_no_gluon(q):
-        return reason
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"it needs bfloat16 or float16, got {q.dtype}"
-    if block_size != 64:
-        return f"it needs block size 64, got {block_size}"
-    if q.shape[3] != 128:
-        return f"it needs a head dimension of 128 (with 64 Triton's is as fast), got {q.shape[3]}"
+    if block_size not in _GLUON_DIMS:
+        return f"it needs block size 64 or 128, got {block_size}"
+    if q.shape[3] not in (dims := _GLUON_DIMS[block_size]):
+        allowed = " or ".join(map(str, dims))
+        return f"it needs a head dimension of {allowed} with blocks of {block_size}, got {q.shape[3]}"
     return None
 
 
@@ -108,7 +102,6 @@ def _why_not_reference(q: Tensor, block_size: int) -> str | None:
 # In the order of speed. All forwards share one signature; backwards are chosen in `_backward_module`.
 _BACKENDS = (
     Backend("gluon", f"{__name__}.gluon", _why_not_gluon),
-    Backend("gluon64", f"{__name__}.gluon64", _why_not_gluon64),
     Backend("fa4", f"{__name__}.fa4", _why_not_fa4),
     Backend("triton", f"{__name__}.triton", _why_not_triton),
     Backend("cpu", f"{__name__}.cpu", _why_not_cpu),
@@ -167,8 +160,7 @@ def block_sparse_attention(
         pattern: lists of key blocks; its batch and head dimensions may be 1 (the same for all).
         scale: factor on the logits, positive; ``1 / sqrt(D)`` unless given.
         return_lse: also give the log-sum-exp of the scaled logits (natural log, fp32).
-        backend: ``gluon``, ``gluon64``, ``fa4``, ``triton``, ``cpu`` or ``reference``; by default the fastest
-            that can.
+        backend: ``gluon``, ``fa4``, ``triton``, ``cpu`` or ``reference``; by default the fastest that can.
 
     Returns:
         The output in q's type, and on request the log-sum-exp. Both carry gradients to q, k and v.

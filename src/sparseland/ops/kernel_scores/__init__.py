@@ -36,9 +36,10 @@ __all__ = [
 
 _HERE = "sparseland.ops.kernel_scores"
 _OP = "kernel_scores"
+_MOST_BLOCKS = 65534
 
 
-def _why_not_triton(q: Tensor, stride: int, block_size: int) -> str | None:
+def _why_not_triton(q: Tensor, stride: int, block_size: int, n_keys: int) -> str | None:
     if reason := why_no_triton(q):
         return reason
     if reason := why_not_float(q):
@@ -50,6 +51,8 @@ def _why_not_triton(q: Tensor, stride: int, block_size: int) -> str | None:
         return f"it needs 1, 2, 4, ... 32 strides per block, got {per_block}"
     if q.shape[3] > 256:
         return f"it needs a head dimension of at most 256, got {q.shape[3]}"
+    if (blocks := cdiv(n_keys, block_size)) > _MOST_BLOCKS:
+        return f"it numbers at most {_MOST_BLOCKS} blocks, got {blocks}"
     return None
 
 
@@ -152,8 +155,13 @@ def select_blocks(
 
     Returns:
         counts, indices and members, int32, the lists padded to :func:`longest_list`.
+
+    Raises:
+        SparselandError: as :func:`kernel_scores`, or ``topk`` below 1.
     """
     _check(q, compressed, coarse, n_keys, kernel, stride, block_size, scale)
+    if topk < 1:
+        raise SparselandError(f"select_blocks: topk must be >= 1, got {topk}")
     options = (n_keys, kernel, stride, block_size, window, init, topk, dense_len, tile, scale, backend or "")
     return _select_blocks(q.detach(), compressed.detach(), coarse, *options)  # type: ignore[no-any-return]
 
@@ -200,7 +208,7 @@ def _kernel_scores(
     scale: float,
     backend: str,
 ) -> Tensor:
-    module = choose(_OP, _BACKENDS, backend, q, stride, block_size).load()
+    module = choose(_OP, _BACKENDS, backend, q, stride, block_size, n_keys).load()
     scores: Tensor = module.scores(q, compressed, coarse, n_keys, kernel, stride, block_size, scale)
     return scores
 
@@ -238,7 +246,7 @@ def _select_blocks(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = choose("select_blocks", _BACKENDS, backend, q, stride, block_size).load()
+    module = choose("select_blocks", _BACKENDS, backend, q, stride, block_size, n_keys).load()
     # A backend without a way of its own gives scores and the best of them, some queries at a time.
     select = getattr(module, "select", None) or partial(fast.select_in_pieces, module)
     return select(  # type: ignore[no-any-return]

@@ -66,6 +66,7 @@ _HELD_QUERIES = 128 << 10
 # Columns of a row of scores that one warp of the list kernel holds.
 LIST_COLUMNS = 1024
 LIST_REGISTERS = 168
+_REGISTERS = 65536  # of a multiprocessor
 
 
 @triton.jit
@@ -260,7 +261,7 @@ def _reach(b_x, least, EACH: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _count(b_mask, EACH: tl.constexpr):
-    """How many scores a mask holds."""
+    """How many scores a mask holds; fewer than 2^15 of each half."""
     total = tl.sum(b_mask, 0)
     if EACH == 1:
         n = -total
@@ -529,7 +530,6 @@ def lists(
     dense_len: int,
     tile: int,
     per_warp: int | None = None,
-    registers: int | None = None,
 ) -> None:
     """Counts, indices and members of the best blocks of the queries from ``start`` on, into ``made``.
 
@@ -546,5 +546,5 @@ def lists(
         scores.view(torch.int32) if width else counts, counts, indices, members, width // _UNIT, rows, T,
         start // tile, offset + start, window, topk, dense_len, indices.shape[3], tile, block_size, BC,
         4 // scores.element_size(), not interpreting(), not width, _UNIT, num_warps=warps,
-        maxnreg=registers or LIST_REGISTERS,
+        maxnreg=min(LIST_REGISTERS, _REGISTERS // (32 * warps)),
     )  # fmt: skip

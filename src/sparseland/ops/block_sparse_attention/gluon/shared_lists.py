@@ -79,9 +79,13 @@ def share_lists(
 ) -> tuple[Int[Tensor, "B H G 3"], Int[Tensor, "B H G 3 L"]]:
     """For each two query blocks three ascending lists: blocks of both, of the first only, of the second only.
 
+    What lies behind a list's count is not defined.
+
     Args:
         counts, indices: as in :class:`~sparseland.patterns.BlockPattern`, ascending.
     """
+    counts = counts.contiguous()
+    indices = indices if indices.stride(-1) == 1 else indices.contiguous()
     B, H, Mq = counts.shape
     groups, width = cdiv(Mq, 2), indices.shape[3]
     shared_counts = torch.empty(B, H, groups, 3, dtype=torch.int32, device=counts.device)

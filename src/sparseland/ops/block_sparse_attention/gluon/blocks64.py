@@ -4,7 +4,7 @@ A key block of 64 is soon multiplied: 64 queries alone would wait for the L2 cac
 the same keys, so a program takes two query blocks of one head, one for each computing warpgroup, and the
 loading warp brings what both list once. Key blocks come in pairs, wherever they lie, as tiles of 128 keys:
 first those of both, then those of one and of the other in turn, which the one they don't belong to passes
-over. All else is as in ``gluon.py``.
+over. All else is as in ``blocks128.py``.
 """
 
 # mypy: ignore-errors
@@ -23,10 +23,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sparseland.ops.block_sparse_attention.gluon import _LOG2E, STAGES, _found, _leave, _place, _tma_ready
-from sparseland.ops.block_sparse_attention.shared_lists import share_lists
+from sparseland.ops.block_sparse_attention.gluon.common import (
+    LOG2E,
+    STAGES,
+    descriptor,
+    found,
+    leave,
+    place_of,
+    tma_ready,
+)
+from sparseland.ops.block_sparse_attention.gluon.shared_lists import share_lists
+from sparseland.patterns import unexpanded
 
 BLOCK = 64
 _BLOCK = gl.constexpr(BLOCK)
@@ -34,13 +42,13 @@ _NOWHERE = gl.constexpr(1 << 30)  # a position behind all queries
 
 
 @gluon.jit
-def _draw(lists, sizes, buffers, barriers, turn):
+def _draw(lists, buffers, barriers, turn):
     """The loading warp takes the next ticket and leaves it to the computing warpgroups."""
-    rows, notes = sizes[0], buffers[3]
-    note_ready, note_empty = barriers[6], barriers[7]
+    _q_smem, _k_smem, _v_smem, notes, _marks = buffers
+    _q_ready, _q_empty, _k_ready, _k_empty, _v_ready, _v_empty, note_ready, note_empty, _read = barriers
     mbarrier.wait(note_empty.index(turn % 2), ((turn // 2) & 1) ^ 1)
     ticket = gl.atomic_add(lists[0], 1, sem="relaxed")
-    _leave(notes, turn % 2, gl.minimum(ticket, rows))
+    leave(notes, turn % 2, ticket)
     mbarrier.arrive(note_ready.index(turn % 2), count=1)
     return ticket
 
@@ -84,9 +92,9 @@ def _load(state, WARPGROUP: gl.constexpr, SHAPE: gl.constexpr):
     rows, H, G, _Nq, Nk, groups, stride_b, stride_h, width = sizes
     turn = 0
     step = 0
-    ticket = _draw(lists, sizes, buffers, barriers, turn)
+    ticket = _draw(lists, buffers, barriers, turn)
     while ticket < rows:
-        i_b, i_h, i_hk, i_r = _place(ticket, H, G, groups)
+        i_b, i_h, i_hk, i_r = place_of(ticket, H, G, groups)
         row = i_b * stride_b + i_h * stride_h + i_r
         both = gl.load(lists[1] + row * 3)
         first = gl.load(lists[1] + row * 3 + 1)
@@ -104,8 +112,10 @@ def _load(state, WARPGROUP: gl.constexpr, SHAPE: gl.constexpr):
             # What lies behind the keys is zeros.
             other_row = gl.where(other >= 0, other * _BLOCK, Nk)
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
-            _leave(marks, stage * 2, block * 8 + gl.where(i == tiles - 1, 4, 0) + owners)
-            _leave(marks, stage * 2 + 1, other)
+            # A mark: 1 if the first query block lists the tile's blocks, 2 if the second does, 4 if it is the
+            # row's last tile, and above these bits one block; beside it the other one, or -1.
+            leave(marks, stage * 2, block * 8 + gl.where(i == tiles - 1, 4, 0) + owners)
+            leave(marks, stage * 2 + 1, other)
             mbarrier.expect(k_ready.index(stage), BYTES)
             _copy(k_desc, k_smem, i_b, i_hk, block * _BLOCK, other_row, k_ready.index(stage), stage, D)
             if i == 0:
@@ -118,7 +128,7 @@ def _load(state, WARPGROUP: gl.constexpr, SHAPE: gl.constexpr):
             _copy(v_desc, v_smem, i_b, i_hk, block * _BLOCK, other_row, v_ready.index(stage), stage, D)
             # The next row is drawn while the first blocks are under way.
             if i == drawing:
-                next_ticket = _draw(lists, sizes, buffers, barriers, turn + 1)
+                next_ticket = _draw(lists, buffers, barriers, turn + 1)
             block = next_block
             other = next_other
             owners = next_owners
@@ -168,10 +178,10 @@ def _compute(state, WARPGROUP: gl.constexpr, SHAPE: gl.constexpr):
     turn = 0
     step = 0
     mbarrier.wait(note_ready.index(0), 0)
-    ticket = _found(notes, 0)
+    ticket = found(notes, 0)
     while ticket < rows:
         mbarrier.arrive(note_empty.index(turn % 2), count=1)
-        i_b, i_h, _i_hk, i_r = _place(ticket, H, G, groups)
+        i_b, i_h, _i_hk, i_r = place_of(ticket, H, G, groups)
         m0 = i_r * 128 + WARPGROUP * 64
         first = m0 + Nk - Nq
         position = first + gl.arange(0, 64, layout=S_ROWS)
@@ -190,8 +200,8 @@ def _compute(state, WARPGROUP: gl.constexpr, SHAPE: gl.constexpr):
             v_stage = v_step % STAGES
             v_phase = (v_step // STAGES) & 1
             mbarrier.wait(k_ready.index(stage), phase)
-            mark = _found(marks, stage * 2)
-            other = _found(marks, stage * 2 + 1)
+            mark = found(marks, stage * 2)
+            other = found(marks, stage * 2 + 1)
             more = 1 - ((mark >> 2) & 1)
             if ((mark >> WARPGROUP) & 1) == 0:
                 # What waits is done at once: its values' place is needed for what comes.
@@ -259,7 +269,7 @@ def _compute(state, WARPGROUP: gl.constexpr, SHAPE: gl.constexpr):
         mbarrier.arrive(k_empty.index(stage), count=1)
         turn += 1
         mbarrier.wait(note_ready.index(turn % 2), (turn // 2) & 1)
-        ticket = _found(notes, turn % 2)
+        ticket = found(notes, turn % 2)
 
 
 @gluon.jit
@@ -329,32 +339,25 @@ def forward(
     v: Float[Tensor, "B Hkv Nk D"],
     counts: Int[Tensor, "b h Mq"],
     indices: Int[Tensor, "b h Mq L"],
-    block_size: int,
     scale: float,
     need_lse: bool = True,
 ) -> tuple[Float[Tensor, "B Hq Nq D"], Float[Tensor, "B Hq Nq"]]:
     """Output and log-sum-exp (an empty tensor unless ``need_lse``)."""
     B, H, Nq, D = q.shape
     G, Nk = H // k.shape[1], k.shape[2]
-    q, k, v = (_tma_ready(t) for t in (q, k, v))
+    q, k, v = (tma_ready(t) for t in (q, k, v))
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, H, Nq) if need_lse else (0,), dtype=torch.float32)
-    indices = indices if indices.stride(-1) == 1 else indices.contiguous()
-    shared_counts, blocks = share_lists(counts.contiguous(), indices)
+    # Lists that are one for all rows of the batch, or for all heads, are parted once.
+    shared_counts, blocks = share_lists(*unexpanded(counts, indices))
     groups, width = blocks.shape[2], blocks.shape[4]
-    # Lists may be one for all rows of the batch, or for all heads; in rows of lists.
     strides = [0 if blocks.shape[d] == 1 else blocks.stride(d) // (3 * width) for d in (0, 1)]
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     rows = B * H * groups
     _kernel[(min(programs, rows),)](
-        _descriptor(q, 128, D), *(_descriptor(t, 64, 64) for t in (k, v)), _descriptor(out, 64, D), lse,
-        shared_counts, blocks, counter, rows, H, G, Nq, Nk, groups, *strides, width, scale * _LOG2E,
+        descriptor(q, 128, D), *(descriptor(t, 64, 64) for t in (k, v)), descriptor(out, 64, D), lse,
+        shared_counts, blocks, counter, rows, H, G, Nq, Nk, groups, *strides, width, scale * LOG2E,
         D, STAGES[D], need_lse, num_warps=4, maxnreg=168,
     )  # fmt: skip
     return out, lse
-
-
-def _descriptor(x: Tensor, rows: int, numbers: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, numbers], layout)

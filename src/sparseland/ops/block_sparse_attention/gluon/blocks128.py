@@ -26,36 +26,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sparseland.ops.block_sparse_attention.gluon.common import (
+    LOG2E,
+    STAGES,
+    descriptor,
+    found,
+    leave,
+    place_of,
+    tma_ready,
+)
 
 BLOCK = 128
-_LOG2E = 1.4426950408889634
-# Key and value blocks in flight, by head dimension: what fits beside the queries into shared memory.
-STAGES = {64: 6, 128: 3}
 NOTES = gl.constexpr(5)  # numbers that the loading warp leaves for each query block
-
-
-@gluon.jit
-def _place(ticket, H, G, Mq):
-    """Ticket -> batch row, query head, key head, query block."""
-    of_group = ticket // (Mq * G)
-    inside = ticket % (Mq * G)
-    i_hk = of_group % (H // G)
-    return of_group // (H // G), i_hk * G + inside % G, i_hk, Mq - 1 - inside // G
-
-
-@gluon.jit
-def _leave(numbers, place, value):
-    """The loading warp leaves a number in shared memory."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    numbers.index(place).store(gl.full([1], value, gl.int32, layout=LAYOUT))
-
-
-@gluon.jit
-def _found(numbers, place):
-    """A computing warpgroup finds it there."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.max(numbers.index(place).load(LAYOUT), 0)
 
 
 @gluon.jit
@@ -78,7 +61,7 @@ def _draw(lists, sizes, notes, ready, empty, turn):
     ticket = gl.atomic_add(lists[0], 1, sem="relaxed")
     count = 0
     if ticket < n_rows:
-        i_b, i_h, _i_hk, i_m = _place(ticket, H, G, Mq)
+        i_b, i_h, _i_hk, i_m = place_of(ticket, H, G, Mq)
         count = gl.load(lists[1] + i_b * stride_cb + i_h * stride_ch + i_m)
         at = _list(lists, sizes, i_b, i_h, i_m)
         visible = (i_m * 128 + Nk - Nq + 1) // 128
@@ -89,11 +72,11 @@ def _draw(lists, sizes, notes, ready, empty, turn):
         if masked == 2:
             while gl.load(at + count - 1 - masked, mask=masked < count, other=-1) >= visible:
                 masked += 1
-        _leave(notes, slot * NOTES + 2, masked)
-        _leave(notes, slot * NOTES + 3, last)
-        _leave(notes, slot * NOTES + 4, before)
-    _leave(notes, slot * NOTES + 0, ticket)
-    _leave(notes, slot * NOTES + 1, count)
+        leave(notes, slot * NOTES + 2, masked)
+        leave(notes, slot * NOTES + 3, last)
+        leave(notes, slot * NOTES + 4, before)
+    leave(notes, slot * NOTES + 0, ticket)
+    leave(notes, slot * NOTES + 1, count)
     mbarrier.arrive(ready.index(slot), count=1)
     return ticket, count
 
@@ -114,7 +97,7 @@ def _load(
     queries = 0  # query blocks loaded so far: rows that list nothing need none
     ticket, count = _draw(lists, sizes, notes, note_ready, note_empty, turn)
     while ticket < n_rows:
-        i_b, i_h, i_hk, i_m = _place(ticket, H, G, Mq)
+        i_b, i_h, i_hk, i_m = place_of(ticket, H, G, Mq)
         at = _list(lists, sizes, i_b, i_h, i_m)
         block = gl.load(at + count - 1, mask=count > 0, other=0)
         # The next row is drawn while the first blocks are under way: it takes several loads in turn.
@@ -184,15 +167,15 @@ def _compute(
     step = 0
     queries = 0
     mbarrier.wait(note_ready.index(0), 0)
-    ticket = _found(notes, 0)
+    ticket = found(notes, 0)
     while ticket < n_rows:
         slot = turn % 2
-        count = _found(notes, slot * NOTES + 1)
-        masked = _found(notes, slot * NOTES + 2)
-        last = _found(notes, slot * NOTES + 3)
-        before = _found(notes, slot * NOTES + 4)
+        count = found(notes, slot * NOTES + 1)
+        masked = found(notes, slot * NOTES + 2)
+        last = found(notes, slot * NOTES + 3)
+        before = found(notes, slot * NOTES + 4)
         mbarrier.arrive(note_empty.index(slot), count=1)
-        i_b, i_h, _i_hk, i_m = _place(ticket, H, G, Mq)
+        i_b, i_h, _i_hk, i_m = place_of(ticket, H, G, Mq)
         at = _list(lists, sizes, i_b, i_h, i_m)
         m0 = i_m * 128 + WARPGROUP * 64
         position = m0 + Nk - Nq + gl.arange(0, 64, layout=S_ROWS)
@@ -292,7 +275,7 @@ def _compute(
             mbarrier.arrive(k_empty.index((step - 1) % STAGES), count=1)
         turn += 1
         mbarrier.wait(note_ready.index(turn % 2), (turn // 2) & 1)
-        ticket = _found(notes, turn % 2 * NOTES)
+        ticket = found(notes, turn % 2 * NOTES)
 
 
 # One compilation serves all of them: it takes about 15 seconds.
@@ -361,14 +344,13 @@ def forward(
     v: Float[Tensor, "B Hkv Nk D"],
     counts: Int[Tensor, "b h Mq"],
     indices: Int[Tensor, "b h Mq L"],
-    block_size: int,
     scale: float,
     need_lse: bool = True,
 ) -> tuple[Float[Tensor, "B Hq Nq D"], Float[Tensor, "B Hq Nq"]]:
     """Output and log-sum-exp (an empty tensor unless ``need_lse``)."""
     B, H, Nq, D = q.shape
     G, Nk, Mq = H // k.shape[1], k.shape[2], counts.shape[2]
-    q, k, v = (_tma_ready(t) for t in (q, k, v))
+    q, k, v = (tma_ready(t) for t in (q, k, v))
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, H, Nq) if need_lse else (0,), dtype=torch.float32)
     indices = indices if indices.stride(-1) == 1 else indices.contiguous()
@@ -377,20 +359,8 @@ def forward(
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     n_rows = B * H * Mq
     _kernel[(min(programs, n_rows),)](
-        *(_descriptor(t) for t in (q, k, v)), _descriptor(out, 64), out, lse, counts, indices, counter,
-        n_rows, H, G, Nq, Nk, Mq, *counts.stride()[:2], *indices.stride()[:3], scale * _LOG2E,
+        *(descriptor(t, BLOCK, D) for t in (q, k, v)), descriptor(out, 64, D), out, lse, counts, indices,
+        counter, n_rows, H, G, Nq, Nk, Mq, *counts.stride()[:2], *indices.stride()[:3], scale * LOG2E,
         D, STAGES[D], need_lse, num_warps=4, maxnreg=168,
     )  # fmt: skip
     return out, lse
-
-
-def _descriptor(x: Tensor, rows: int = BLOCK) -> TensorDescriptor:
-    shape = [1, 1, rows, x.shape[3]]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), shape, layout)
-
-
-def _tma_ready(x: Tensor) -> Tensor:
-    """Bulk copies want 16-byte steps and a dense last dimension."""
-    aligned = x.stride(3) == 1 and all(s % 8 == 0 for s in x.stride()[:3]) and x.data_ptr() % 16 == 0
-    return x if aligned else x.contiguous()
