@@ -344,6 +344,22 @@ def test_a_failure_while_applying_leaves_no_trace(models, ids, monkeypatch):
     assert torch.equal(logits(model, ids), expected)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (torch.zeros(1, 0, dtype=torch.long), r"got torch.int64 \[1, 0\]"),
+        (torch.zeros(40, dtype=torch.long), r"got torch.int64 \[40\]"),
+        (torch.zeros(1, 40), "got torch.float32"),
+        ([1, 2, 3], "got list"),
+        (torch.full((1, 40), 10**6), "this model's tokens are numbered from 0 to"),
+        (torch.full((1, 40), -1), "go from -1 to -1"),
+    ],
+)
+def test_calibration_ids_are_checked(models, wrong, words):
+    with pytest.raises(sl.SparselandError, match=words):
+        sl.apply(models["llama"], "double-sparsity", calibration_ids=wrong)
+
+
 def test_the_readmes_line_of_specs_works(models):
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     (line,) = re.findall(r'sl\.apply\(model, "([^"]*)"\)', readme)

@@ -69,6 +69,14 @@ def test_a_spoilt_recipe_is_one_clear_line(saved, change, words):
     with pytest.raises(sl.SparselandError, match=words) as caught:
         sl.Recipe.load(saved)
     assert "\n" not in str(caught.value)
+    assert str(saved.parent) in str(caught.value)
+
+
+def test_evidence_that_json_can_not_hold_is_one_clear_line(tmp_path):
+    for value in (float("nan"), object()):
+        with pytest.raises(sl.SparselandError, match="holds what JSON can't"):
+            sl.Recipe(["flexprefill"], evidence={"a": value}).save(tmp_path / "recipe.json")
+    assert not (tmp_path / "recipe.json").exists()
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])

@@ -277,11 +277,26 @@ def _calibrate(
         slug = method.card.slug
         if not method.calibrates() or slug in found:
             continue
-        if ids is None and method.learns_from_text:
+        if ids is not None:
+            _check_ids(model, ids)
+        elif method.learns_from_text:
             ids = _default_calibration_ids(model, slug)
         with evaluating(model), torch.no_grad():  # a method that trains enables gradients itself
             found[slug] = method.calibrate(model, ids)  # type: ignore[arg-type]
     return found
+
+
+def _check_ids(model: nn.Module, ids: Any) -> None:
+    """Token ids of this model, ``[B, N]``, or a clear error."""
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise SparselandError(f"calibration_ids must be a tensor of token ids [B, N], got {got}")
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    low, high, size = int(ids.min()), int(ids.max()), embeddings.weight.shape[0]
+    if low < 0 or high >= size:
+        raise SparselandError(
+            f"calibration_ids go from {low} to {high}; this model's tokens are numbered from 0 to {size - 1}"
+        )
 
 
 def _learners(

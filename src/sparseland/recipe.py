@@ -104,7 +104,7 @@ class Recipe:
                 "calibration": entries,
                 "evidence": self.evidence,
             }
-            write_atomically(path, json.dumps(data, indent=1, allow_nan=False).encode())
+            write_atomically(path, _json(data))
         except OSError as cause:
             raise SparselandError(f"can't write the recipe {path}: {cause.strerror or cause}") from cause
         return path
@@ -155,6 +155,13 @@ def _write_tensors(path: Path, calibration: Calibration) -> None:
     write_atomically(path, save({k: t.detach().cpu().contiguous() for k, t in calibration.tensors.items()}))
 
 
+def _json(data: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(data, indent=1, allow_nan=False).encode()
+    except (ValueError, TypeError) as cause:
+        raise SparselandError(f"this recipe holds what JSON can't: {cause}") from cause
+
+
 def _typed(path: Path, data: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
     value = data.get(key, default)
     if not isinstance(value, kind):
@@ -166,10 +173,17 @@ def _method(path: Path, entry: Any) -> Method:
     if not isinstance(entry, dict) or not isinstance(entry.get("slug"), str):
         raise SparselandError(f"{path} is not a recipe: each method must have a slug")
     params = _typed(path, entry, "params", dict, {})
-    cls = method_class(entry["slug"])
+    try:
+        return _made(path, entry["slug"], params)
+    except SparselandError as cause:
+        raise cause if str(path) in str(cause) else SparselandError(f"{path}: {cause}") from cause
+
+
+def _made(path: Path, slug: str, params: dict[str, Any]) -> Method:
+    cls = method_class(slug)
     known = set(cls.__dataclass_fields__)
     if unknown := sorted(set(params) - known):
-        raise SparselandError(f"{path}: {entry['slug']} has no parameter {unknown[0]!r}")
+        raise SparselandError(f"{path}: {slug} has no parameter {unknown[0]!r}")
     return cls(**params)
 
 

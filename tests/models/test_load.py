@@ -219,6 +219,12 @@ def test_a_garbled_field_is_one_line(folder, content):
     refusal(folder)
 
 
+def test_a_decoder_whose_configuration_does_not_say_so_is_read(folder):
+    config = {"model_type": "gpt_neox", "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "is no decoder-only language model" not in refusal(folder)  # its weights are missing
+
+
 @pytest.mark.parametrize("model_type", ["bert", "t5", "vit", "clip"])
 def test_what_is_no_decoder_is_refused_by_its_architecture(folder, model_type):
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))

@@ -22,6 +22,7 @@ from sparseland.method import Method, Role, method_class, method_slugs, parse_sp
 from sparseland.models import LoadedModel
 from sparseland.recipe import Recipe
 from sparseland.report import write_report
+from sparseland.report.results import with_fastest_dense
 
 SCHEMA = 1
 # Samples of each task at every length: a needle at four depths, and one among others like it.
@@ -150,7 +151,8 @@ class Job:
         self.log.close()
         self._say("writing the report", 1.0)
         write_report(self.log.path, self.options.out / "report.html")
-        return FrontierResult(measuring.rows(), choice, self.options.out)
+        rows = with_fastest_dense(measuring.rows(), self.log.of("drift"))
+        return FrontierResult(rows, choice, self.options.out)
 
     def _measure_dense(self) -> None:
         """The dense model at every length, then on the library's own kernels, the other rival.
@@ -279,6 +281,7 @@ class Job:
             with self.measuring.applied(methods):
                 known = self.measuring.known(methods)
         rows = [r for n in self.lengths for r in self.judge.full(choice["recipe"], n)]
+        rows = with_fastest_dense(rows, self.log.of("drift"))
         kept = [{k: v for k, v in r.items() if k != "head_density"} for r in rows]
         evidence = {"reason": choice["reason"], "measurements": kept, **circumstances(self.options.command)}
         return Recipe.of(self.loaded.model, methods, known, evidence)

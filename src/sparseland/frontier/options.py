@@ -82,7 +82,8 @@ def candidates(options: FrontierOptions) -> list[Method]:
             chosen.extend(grid if options.methods else grid[-few:])
         elif options.methods and spec != "dense":
             chosen.append(parse_spec(spec))
-    return chosen
+    # Grids for short prompts repeat themselves.
+    return list({method.spec: method for method in chosen}.values())
 
 
 def left_out() -> dict[str, str]:

@@ -192,13 +192,18 @@ def _check_decoder(config: Any, name: str) -> None:
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if layers > MAX_LAYERS:  # each is built before a missing weight is noticed
         raise SparselandError(f"model {name!r} has {layers} layers; at most {MAX_LAYERS} are read")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto as known
 
-    # Encoders of BERT's kind can be turned into decoders, which their configuration then says.
+    # Encoders of BERT's kind can be turned into decoders, which their configuration then says; GPT-NeoX's
+    # never does.
+    encodes = (
+        getattr(config, "is_decoder", True) is False
+        and config.model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
     if (
-        config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        config.model_type not in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         or config.is_encoder_decoder
-        or getattr(config, "is_decoder", True) is False
+        or encodes
     ):
         raise SparselandError(
             f"model {name!r}: architecture {config.model_type!r} is no decoder-only language model"
