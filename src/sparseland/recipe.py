@@ -174,16 +174,16 @@ def _method(path: Path, entry: Any) -> Method:
         raise SparselandError(f"{path} is not a recipe: each method must have a slug")
     params = _typed(path, entry, "params", dict, {})
     try:
-        return _made(path, entry["slug"], params)
+        return _made(entry["slug"], params)
     except SparselandError as cause:
-        raise cause if str(path) in str(cause) else SparselandError(f"{path}: {cause}") from cause
+        raise SparselandError(f"{path}: {cause}") from cause
 
 
-def _made(path: Path, slug: str, params: dict[str, Any]) -> Method:
+def _made(slug: str, params: dict[str, Any]) -> Method:
     cls = method_class(slug)
     known = set(cls.__dataclass_fields__)
     if unknown := sorted(set(params) - known):
-        raise SparselandError(f"{path}: {slug} has no parameter {unknown[0]!r}")
+        raise SparselandError(f"{slug} has no parameter {unknown[0]!r}")
     return cls(**params)
 
 

@@ -67,7 +67,7 @@ class RowFile:
         return [r for r in self.rows if r["kind"] == kind and all(r.get(k) == v for k, v in values.items())]
 
     def close(self) -> None:
-        """Done writing; every row is on disk already, or its failure was told."""
+        """Done writing; the system has every row already, or its failure was told."""
         with suppress(OSError):
             self._file.close()
 

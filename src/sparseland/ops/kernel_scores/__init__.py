@@ -36,7 +36,7 @@ __all__ = [
 
 _HERE = "sparseland.ops.kernel_scores"
 _OP = "kernel_scores"
-_MOST_BLOCKS = 65534
+_MOST_BLOCKS = 65534  # with more, the list kernel's packed counts could overflow
 
 
 def _why_not_triton(q: Tensor, stride: int, block_size: int, n_keys: int) -> str | None:

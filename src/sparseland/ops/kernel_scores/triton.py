@@ -529,7 +529,6 @@ def lists(
     topk: int,
     dense_len: int,
     tile: int,
-    per_warp: int | None = None,
 ) -> None:
     """Counts, indices and members of the best blocks of the queries from ``start`` on, into ``made``.
 
@@ -541,7 +540,7 @@ def lists(
     rows, width = scores.shape[2:]
     columns = max(1, (offset + start + rows - 1) // block_size - window + 1)
     BC = max(64, triton.next_power_of_2(columns))
-    warps = max(1, min(16, BC // (per_warp or LIST_COLUMNS)))
+    warps = max(1, min(16, BC // LIST_COLUMNS))
     _list_kernel[(cdiv(rows, tile), B * Hkv)](
         scores.view(torch.int32) if width else counts, counts, indices, members, width // _UNIT, rows, T,
         start // tile, offset + start, window, topk, dense_len, indices.shape[3], tile, block_size, BC,
