@@ -80,7 +80,7 @@ def _copy(desc, smem, i_b, i_h, row, other_row, ready, stage, D: gl.constexpr):
 
 
 @gluon.jit
-def _load(state, WARPGROUP: gl.constexpr, SHAPE: gl.constexpr):
+def _load(state, SHAPE: gl.constexpr):
     """The loading warp: queries, then the tiles of keys and values."""
     STAGES: gl.constexpr = SHAPE[0]
     D: gl.constexpr = SHAPE[1]
@@ -327,7 +327,7 @@ def _kernel(
     state = (inputs, outputs, buffers, barriers, lists, sizes, scale_log2)
     SHAPE: gl.constexpr = (STAGES, D, NEED_LSE)
     gl.warp_specialize(
-        [(_compute, (state, 0, SHAPE)), (_compute, (state, 1, SHAPE)), (_load, (state, 0, SHAPE))],
+        [(_compute, (state, 0, SHAPE)), (_compute, (state, 1, SHAPE)), (_load, (state, SHAPE))],
         [4, 1],
         [240, 24],
     )
