@@ -26,7 +26,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 gpu-test:  ## on a machine with a CUDA device and the package's dependencies: kernels against references
-	PYTHONPATH=src $(PYTHON) -m pytest -q tests/ops tests/attention tests/cache tests/test_apply.py tests/test_gpu_devices.py tests/test_gpu_sizes.py
+	PYTHONPATH=src $(PYTHON) -m pytest -q tests/ops tests/attention tests/cache tests/test_apply.py tests/test_gpu_devices.py tests/test_gpu_sizes.py tests/test_contract.py::test_a_layer_compiles_whole
 
 gpu-memcheck:  ## there, too: no kernel reads or writes outside its tensors (needs NVIDIA's compute-sanitizer)
 	$(PYTHON) tests/memcheck.py

@@ -56,6 +56,14 @@ def test_a_screening_neither_wins_nor_judges_by_its_few_decoded_tokens():
     assert judge(*at_all([]), *fast).choose()["recipe"] == []
 
 
+def test_what_failed_at_every_length_is_not_called_slow():
+    slow = at_all(["flexprefill"], prefill=2.0)
+    failed = [{**r, "status": "failed"} for r in at_all(["mustafar"])]
+    assert judge(*at_all([]), *slow).choose()["reason"].startswith("none of 1 configurations is faster")
+    reason = judge(*at_all([]), *slow, *failed).choose()["reason"]
+    assert reason.startswith("none of 1 configurations (1 more failed) is faster")
+
+
 def test_the_fastest_within_the_tolerance_is_chosen_with_the_numbers_in_words():
     rows = [
         *at_all([]),

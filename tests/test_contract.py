@@ -20,6 +20,7 @@ from sparseland.ops.attend import attend
 from sparseland.patterns import WindowPattern
 
 LENGTH = 640
+CUDA = torch.cuda.is_available()
 
 
 def with_role(role):
@@ -183,6 +184,24 @@ class TestPrefill:
             with sl.apply(model, method, calibrations=learnt(method)) as handle:
                 model(input_ids=ids)
                 assert (handle.stats().density < 1) == (slug != "dense")
+
+
+@pytest.mark.parametrize("slug", method_slugs())
+def test_a_layer_compiles_whole(slug):
+    """No value steers Python: one graph per layer, which other lengths use, too."""
+    torch._dynamo.reset()
+    model = tiny_model("llama", max_position_embeddings=1024)
+    layer, backend = model.model.layers[1], "inductor" if CUDA else "aot_eager"
+    model.to("cuda" if CUDA else "cpu")
+    method = sparse_setting(slug)
+    with torch.no_grad(), sl.apply(model, method, calibrations=learnt(method)):
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)
+        for n in (LENGTH, 576, 500):
+            x = torch.randn(1, n, model.config.hidden_size, device=model.device)
+            rotary = model.model.rotary_emb(x, torch.arange(n, device=model.device)[None])
+            expected = layer(x, position_embeddings=rotary, attention_mask=None)
+            got = compiled(x, position_embeddings=rotary, attention_mask=None)
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
 KNOWN = {}

@@ -128,7 +128,7 @@ def test_memory_that_does_not_suffice_is_noted_and_the_run_goes_on(options, tmp_
     """The longest length, or a look at what was chosen, is left out; recipe and report are there."""
 
     def greedy(*_args, **_kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has")
 
     measure = measuring.run_window
     monkeypatch.setattr(job, "TASK_SAMPLES", {"needle": 1} if what == "tasks" else {})
@@ -143,7 +143,7 @@ def test_memory_that_does_not_suffice_is_noted_and_the_run_goes_on(options, tmp_
     assert (tmp_path / "out" / "recipe.json").exists()
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     (left,) = [r for r in rows if r["kind"] == "left_out"]
-    assert left["reason"] == "out of memory: CUDA out of memory"
+    assert left["reason"] == "out of memory: 3.00 GiB more were asked for"
     assert {r["length"] for r in result.rows} == ({256} if what == "dense" else {256, 512})
     assert "out of memory" in (tmp_path / "out" / "report.html").read_text()
 

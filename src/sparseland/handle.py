@@ -26,7 +26,7 @@ from sparseland.method import (
     as_methods,
 )
 from sparseland.models.attention import NAME, evaluating, switch
-from sparseland.models.caches import cache_hook
+from sparseland.models.caches import cache_hook, local_layers
 from sparseland.models.modality import track_modality
 from sparseland.models.probe import probe
 from sparseland.models.rope import find_ropes
@@ -196,6 +196,8 @@ def apply(
     layers = attention_layers(model)
     linear = by_role.get("linear")
     dense_linears = {} if linear is None else _linears(model, linear)
+    for method in chosen:
+        _refuse_idle(model, method, layers)
     ropes = find_ropes(model) if any(m.needs_rope for m in chosen) else {}
     for method in chosen:
         if known := (calibrations or {}).get(method.card.slug):
@@ -263,6 +265,15 @@ def _linears(model: nn.Module, method: Method) -> dict[str, nn.Linear]:
             "would do nothing; not supported"
         )
     return found
+
+
+def _refuse_idle(model: nn.Module, method: Method, layers: Iterable[int]) -> None:
+    """A method of the cache acts where the model keeps all tokens; where it never does, it is refused."""
+    if method.roles <= {"select", "store"} and local_layers(model).issuperset(layers):
+        raise SparselandError(
+            f"{type(model).__name__}: every layer's cache ends at the model's own window, so "
+            f"{method.card.slug} would do nothing; not supported"
+        )
 
 
 def _calibrate(

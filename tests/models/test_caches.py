@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import sparseland as sl
+from sparseland.errors import SparselandError
 from sparseland.models.caches import TrackedLayer, cache_nbytes
 from sparseland.models.tiny import tiny_model
 
@@ -300,3 +301,13 @@ def test_a_cache_that_dropped_tokens_can_be_repeated(model):
         step(model, cache, IDS[:, :1])
         cache.batch_repeat_interleave(2)
         assert step(model, cache, IDS[:, :1].repeat_interleave(2, 0)).shape[0] == 2 * BATCH
+
+
+@pytest.mark.parametrize("spec", [SELECT, STORE])
+def test_a_cache_method_where_every_layer_is_local_is_refused(spec):
+    model = tiny_model("mistral", sliding_window=25)
+    with pytest.raises(SparselandError, match=r"MistralForCausalLM: .* would do nothing; not supported"):
+        applied(model, spec)
+    model(torch.tensor([[5, 6]]))  # untouched
+    with applied(tiny_model("gemma3"), spec):  # one layer of three keeps all tokens
+        pass

@@ -177,10 +177,10 @@ def test_rows_that_are_a_view(backend: str) -> None:
 def test_opcheck() -> None:
     x = torch.rand(2, 3, 40, device=DEVICE)
     count = torch.full((2, 3), 4, device=DEVICE)
-    torch.library.opcheck(torch.ops.sparseland.top_mask.default, (x, count, 1))
     for backend in FAST:
+        torch.library.opcheck(torch.ops.sparseland.top_mask.default, (x, count, 1, backend))
         torch.library.opcheck(torch.ops.sparseland.top_indices.default, (x, 7, count, backend))
-    torch.library.opcheck(torch.ops.sparseland.covering.default, (x, 3.0, count > 0))
+        torch.library.opcheck(torch.ops.sparseland.covering.default, (x, 3.0, count > 0, backend))
 
 
 def test_clear_errors() -> None:

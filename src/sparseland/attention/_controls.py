@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.method import Role, SelectState, param
-from sparseland.ops.block_lists.fast import last_positions
 from sparseland.patterns import visible_blocks
 
 
@@ -54,13 +53,13 @@ def blocks_per_row(budget: float, visible: Sequence[int]) -> list[int]:
 
     Args:
         budget: fraction of all visible blocks.
-        visible: causal key blocks of each row of queries.
+        visible: causal key blocks of each row of queries, never fewer than the row's before.
 
     The number is no integer in general; rows then take turns (4, 5, 4, 5 for 4.5). A fraction per row would
     starve the first rows, whose few blocks all matter, and no method spends a budget so.
     """
     wanted, kappa = budget * sum(visible), 0.0
-    for rank, n in enumerate(sorted(visible)):
+    for rank, n in enumerate(visible):
         # The rows so far are full at n; what is left is shared by the others, if it does not reach n.
         share = wanted / (len(visible) - rank)
         kappa = min(share, n)
@@ -123,8 +122,9 @@ def blocks_by_priority(
     device = priority.device
     visible = visible_blocks(n_queries, n_keys, block_size, device)
     forced = forced & visible
-    last = last_positions(n_queries, n_keys, block_size, "cpu")
-    wanted = torch.tensor(blocks_per_row(budget, (last // block_size + 1).tolist()))
+    ends = (min(end, n_queries) for end in range(block_size, n_queries + block_size, block_size))
+    rows = [(n_keys - n_queries + end - 1) // block_size + 1 for end in ends]
+    wanted = torch.tensor(blocks_per_row(budget, rows))
     # A copy that does not wait for the device.
     count = wanted.to(device, non_blocking=True).maximum(forced.sum(-1))
     ranked = priority.double().masked_fill(~visible, -math.inf).masked_fill(forced, math.inf)

@@ -14,7 +14,6 @@ Distances and causality are those of the prompt's positions, whatever was gather
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sparseland.attention._lazy import lazy
 from sparseland.attention._mminference_heads import Shape
 from sparseland.attention._mminference_layout import Layout, at, kind_mask, last_positions, slots
 from sparseland.attention._shape_index import (
@@ -34,6 +34,7 @@ from sparseland.attention._shape_index import (
     LayerIndex,
 )
 from sparseland.method import AttentionInputs
+from sparseland.ops._dispatch import may_ask
 from sparseland.ops.block_scores import vertical_slash_scores
 from sparseland.ops.permuted_attention import on_device
 from sparseland.ops.top_values import top_mask
@@ -60,12 +61,12 @@ class MixedIndex:
         self._sums: dict[tuple[str, str], tuple[Tensor, Tensor, Tensor]] = {}
         self.strides: dict[tuple[int, tuple[int, ...]], Any] = {}  # what the grid found, by video and heads
 
-    @cached_property
+    @lazy
     def whole(self) -> LayerIndex:
         """MInference's own index of the same inputs."""
         return LayerIndex(self.x, self.ranked)
 
-    @cached_property
+    @lazy
     def position(self) -> Int[Tensor, " Nk"]:
         """All positions."""
         return torch.arange(self.n_keys, device=self.device)
@@ -219,10 +220,10 @@ class MixedIndex:
 
 
 def block_lists_of(mask: Bool[Tensor, "B h M Mk"]) -> tuple[Int[Tensor, "B h M"], Int[Tensor, "B h M L"]]:
-    """Counts and ascending lists; as long as the row on a GPU, where asking for the longest would wait."""
+    """Counts and ascending lists; as long as the row where the longest can't be asked for."""
     counts = mask.sum(-1, dtype=torch.int32)
     order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
-    if mask.device.type == "cpu":
+    if may_ask(mask):
         order = order[..., : int(counts.max()) if counts.numel() else 0]
     return counts, order.to(torch.int32)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparseland.attention._head_shapes import HeadShape
+from sparseland.attention._lazy import lazy
 from sparseland.method import AttentionInputs
 from sparseland.ops.block_lists import block_lists, column_lists
 from sparseland.ops.block_lists.fast import band_mask
@@ -97,7 +97,7 @@ class LayerIndex:
 
     # ------------------------------------------------------- estimates
 
-    @cached_property
+    @lazy
     def _sums(self) -> tuple[Float[Tensor, "2 B H Nk"], Bool[Tensor, "B H"]]:
         """The probe's attention by column (0) and by diagonal (1), forced ones first of all; where it is NaN.
 
@@ -109,7 +109,7 @@ class LayerIndex:
         tokens[1, ..., :LOCAL] = torch.inf
         return tokens, blocks[0].sum(-1).isnan()
 
-    @cached_property
+    @lazy
     def _ranks(self) -> Int[Tensor, "2 B H Nk"]:
         """The place of each column and diagonal, best first."""
         return _ranks(self._sums[0])
@@ -127,7 +127,7 @@ class LayerIndex:
         top = self._ranks < taken[..., None] if self.ranked else top_mask(sums, taken)
         return torch.where(sizes.fixed[:, None], first, top) if sizes.some_fixed else top
 
-    @cached_property
+    @lazy
     def _means(self) -> tuple[Float[Tensor, "B H Mq D"], Float[Tensor, "B Hkv Mk D"]]:
         return mean_pool(self.x.q, BLOCK), mean_pool(self.x.k, BLOCK)
 
@@ -139,7 +139,7 @@ class LayerIndex:
         heads = active.expand(self.batch, -1)
         return pooled_map(q, k, stop - start, seen, BLOCK, self.x.scale, active=heads)
 
-    @cached_property
+    @lazy
     def _block_ranks(self) -> Int[Tensor, "B H Mq Mk"]:
         """The place of each key block in its row, best first."""
         every = torch.ones(self.heads, dtype=torch.bool, device=self.device)

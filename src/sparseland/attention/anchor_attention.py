@@ -21,6 +21,7 @@ import torch
 
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs, Calibration, Card, PrefillMethod, param
+from sparseland.ops._dispatch import may_ask
 from sparseland.ops.stripe_scores import local_starts, stripe_columns
 from sparseland.patterns import (
     BlockColumnPattern,
@@ -131,7 +132,7 @@ def areas(
 
 
 def trimmed(lists: ColumnPattern) -> ColumnPattern:
-    """On a CPU, lists as long as the longest of them: short ones are cheap there, and no one has to wait."""
-    if lists.indices.device.type != "cpu":
+    """Lists as long as the longest of them, where it can be asked for: short ones are cheap on a CPU."""
+    if not may_ask(lists.counts):
         return lists
     return replace(lists, indices=lists.indices[..., : int(lists.counts.max())].contiguous())

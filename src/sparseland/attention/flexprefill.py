@@ -30,6 +30,7 @@ from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.method import AttentionInputs, Calibration, Card, PrefillMethod, param
+from sparseland.ops._dispatch import may_ask
 from sparseland.ops.block_lists import block_lists
 from sparseland.ops.block_scores import mean_pool, pooled_map, probe_distance, probe_sums
 from sparseland.ops.top_values import covering, top_mask
@@ -165,7 +166,7 @@ class FlexPrefill(PrefillMethod):
         self, x: AttentionInputs, keys: Float[Tensor, "B Hkv Mk D"], trusted: Bool[Tensor, "B H"]
     ) -> QueryAware | None:
         """What the trusted heads choose, unless there is surely none."""
-        if self.tau == 0 or (trusted.device.type == "cpu" and not bool(trusted.any())):
+        if self.tau == 0 or (may_ask(trusted) and not bool(trusted.any())):
             return None
         return QueryAware(x, keys, trusted, self.gamma, self.block_size)
 

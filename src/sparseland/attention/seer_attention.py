@@ -43,6 +43,7 @@ from sparseland.method import (
     SelectState,
     param,
 )
+from sparseland.ops._dispatch import may_ask
 from sparseland.ops.block_gate import select_blocks, unrotated_pool
 from sparseland.ops.rotary import turn_back
 from sparseland.patterns import Pattern, WindowPattern, cdiv
@@ -255,7 +256,7 @@ class SeerAttention(PrefillMethod, SelectMethod):
             part = scores.masked_fill(odd | ~before, -torch.inf).softmax(-1)
             rank = part.masked_fill(~(part > self.threshold), -torch.inf).masked_fill(odd, torch.inf)
         value, index = rank.masked_fill(~before, -torch.inf).topk(min(most, scores.shape[-1]), dim=-1)
-        if self.budget is None and scores.device.type == "cpu":
+        if self.budget is None and may_ask(scores):
             longest = int((value > -torch.inf).sum(-1).max())  # no one waits for a CPU
             value, index = value[..., :longest], index[..., :longest]
         return index.masked_fill(value == -torch.inf, -1)
@@ -266,7 +267,7 @@ def blocks_per_row(nz_ratio: float, blocks: int) -> int:
 
     ``k`` of M blocks in every row (all where there are fewer) are ``1 - (1 - k / M)^2`` of the triangle.
     """
-    return max(1, math.floor((1 - math.sqrt(1 - nz_ratio)) * blocks + 1e-9))
+    return max(1, int((1 - math.sqrt(1 - nz_ratio)) * blocks + 1e-9))
 
 
 def _every(turns: Turns, step: int) -> Turns:

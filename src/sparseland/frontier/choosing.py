@@ -101,6 +101,14 @@ class Judge:
         fit = [s for s in specs if s and s not in controls and self.within(s) and self.saves(s)]
         return sorted(fit, key=self.cost)[:2]
 
+    def _none_is_faster(self) -> str:
+        """In words; a configuration that failed at every length is none that was slower."""
+        tried = {tuple(r["recipe"]) for r in self.log.of("measurement")} - {()}
+        measured = {tuple(r["recipe"]) for r in self.log.of("measurement", status="ok")} & tried
+        failed = f" ({len(tried - measured)} more failed)" if tried - measured else ""
+        allowed = f"within {self.tolerance:.1%} loss"
+        return f"none of {len(measured)} configurations{failed} is faster than dense {allowed}"
+
     def choose(self) -> dict[str, Any]:
         """The choice as a row of the log: the fastest within the tolerance, or dense."""
         n = self.lengths[-1]
@@ -109,9 +117,7 @@ class Judge:
         rival = min((s for s in ([], ["dense"]) if self.full(s, n)), key=self.cost)
         choice = {"kind": "choice", "length": n, "recipe_file": "recipe.json"}
         if not best or self.cost(best) >= self.cost(rival):
-            tried = len({tuple(r["recipe"]) for r in self.log.of("measurement")}) - 1
-            reason = f"none of {tried} configurations is faster than dense within {self.tolerance:.1%} loss"
-            return {**choice, "recipe": [], "reason": reason}
+            return {**choice, "recipe": [], "reason": self._none_is_faster()}
         dense = self.full([], n)[-1]
         whole = seconds(dense["prefill_s"], dense["decode_ms"])
         reason = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -34,7 +35,8 @@ def survivable(error: BaseException) -> str:
         return str(error).splitlines()[0]
     if not out_of_memory(error):
         raise error
-    return f"out of memory: {error}".splitlines()[0]
+    asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+    return f"out of memory: {asked[1]} more were asked for" if asked else "out of memory"
 
 
 @dataclass

@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from sparseland.errors import SparselandError
 from sparseland.method import KVStore, SelectMethod, SelectState
+from sparseland.models.surgery import decoder_of
 
 if TYPE_CHECKING:
     from sparseland.runtime import AttentionRuntime
@@ -189,6 +190,12 @@ def track_cache(cache: Any, runtimes: dict[int, AttentionRuntime]) -> None:
                 "a cache filled before the method was applied can't be used; start with a fresh one"
             )
         cache.layers[index] = runtime.track(inner)
+
+
+def local_layers(model: torch.nn.Module) -> set[int]:
+    """The layers whose cache is bounded by the model's own window, and which no cache method changes."""
+    cache = DynamicCache(config=decoder_of(model).config)
+    return {i for i, layer in enumerate(cache.layers) if getattr(layer, "is_sliding", False)}
 
 
 def cache_hook(runtimes: dict[int, AttentionRuntime]) -> Callable[..., Any]:

@@ -166,6 +166,11 @@ def why_not_float(tensor: torch.Tensor) -> str | None:
     return f"it needs bfloat16, float16 or float32, got {tensor.dtype}"
 
 
+def may_ask(tensor: torch.Tensor) -> bool:
+    """Whether Python may look at the tensor's values: no one waits for a CPU, but a graph holds none yet."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def on_cpu(tensor: torch.Tensor) -> str | None:
     """The reason a CPU backend can't take this tensor, or None."""
     return None if tensor.device.type == "cpu" else f"the input is on {tensor.device.type}, not on the CPU"

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sparseland.ops._dispatch import may_ask
 from sparseland.patterns import pairs_from
 
 # Entries of lists that are looked at together when pairs are counted.
@@ -115,7 +116,7 @@ def compact(
     mask: Bool[Tensor, "B H Mq n"], length: int, values: Int[Tensor, "B H Mq n"] | None = None
 ) -> tuple[Int[Tensor, "B H Mq"], Int[Tensor, "B H Mq L"]]:
     """The True places of each row in ascending order (or the ``values`` there), at most ``length``."""
-    if mask.device.type != "cpu":
+    if not may_ask(mask):
         return compact_without_asking(mask, length, values)
     counts = mask.sum(-1, dtype=torch.int32)
     longest = int(counts.max()) if counts.numel() else 0

@@ -6,13 +6,14 @@ by its bits (radix selection), and then what lies above it. Nothing synchronises
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.ops._dispatch import LONGEST_SIDE, Backend, choose, on_cpu, why_no_triton
-from sparseland.ops.top_values import fast, reference
 
 __all__ = ["covering", "top_indices", "top_mask"]
 
@@ -29,7 +30,6 @@ BACKENDS = (
     Backend("torch", f"{_HERE}.fast", lambda _: None),
     Backend("reference", f"{_HERE}.reference", lambda _: None),
 )
-_TRITON = BACKENDS[1]
 
 
 def top_mask(
@@ -61,12 +61,11 @@ def top_mask(
     if values.shape[-1] == 0:
         return values.new_zeros(values.shape, dtype=torch.bool)
     count = count.expand(values.shape[:-1])
-    if chosen.name == "triton":
-        result: Tensor = _top_mask(values, count, forced)
-        return result
-    if chosen.name == "reference":
-        return reference.top_mask(values, count, forced)
-    return fast.top_mask(values, count, forced)
+    if _as_operator(chosen):
+        mask: Tensor = _top_mask(values, count, forced, chosen.name)
+    else:
+        mask = chosen.load().top_mask(values, count, forced)
+    return mask
 
 
 def top_indices(
@@ -99,9 +98,9 @@ def top_indices(
         return values.new_empty((*values.shape[:-1], most), dtype=torch.int32)
     if count is not None:
         count = count.expand(values.shape[:-1])
-    if chosen.name == "triton" or torch.compiler.is_compiling():
+    if _as_operator(chosen):
         places: Tensor = _top_indices(values, most, count, chosen.name)
-    else:  # an operator would only make the call longer
+    else:
         places = chosen.load().top_indices(values, most, count)
     return places
 
@@ -131,12 +130,20 @@ def covering(
     """
     _check("covering", weights)
     chosen = choose("covering", BACKENDS, backend, weights)
-    if chosen.name == "triton":
-        value, taken = _covering(weights, min(mass, 2 * LARGEST_SUM), active)
-        return value, taken
-    if chosen.name == "reference":
-        return reference.covering(weights, mass, active)
-    return fast.covering(weights, mass, active)
+    if _as_operator(chosen):
+        value, taken = _covering(weights, min(mass, 2 * LARGEST_SUM), active, chosen.name)
+    else:
+        value, taken = chosen.load().covering(weights, mass, active)
+    return value, taken
+
+
+def _as_operator(backend: Backend) -> bool:
+    """Whether a call goes through ``torch.library``, which only makes PyTorch's own code take longer."""
+    return backend.name == "triton" or torch.compiler.is_compiling()
+
+
+def _module(backend: str) -> Any:
+    return next(b for b in BACKENDS if b.name == backend).load()
 
 
 def _check(op: str, x: Tensor) -> None:
@@ -147,20 +154,19 @@ def _check(op: str, x: Tensor) -> None:
 
 
 @torch.library.custom_op("sparseland::top_mask", mutates_args=())
-def _top_mask(values: Tensor, count: Tensor, forced: int) -> Tensor:
-    mask: Tensor = _TRITON.load().top_mask(values, count, forced)
+def _top_mask(values: Tensor, count: Tensor, forced: int, backend: str) -> Tensor:
+    mask: Tensor = _module(backend).top_mask(values, count, forced)
     return mask
 
 
 @_top_mask.register_fake
-def _(values: Tensor, count: Tensor, forced: int) -> Tensor:
+def _(values: Tensor, count: Tensor, forced: int, backend: str) -> Tensor:
     return values.new_empty(values.shape, dtype=torch.bool)
 
 
 @torch.library.custom_op("sparseland::top_indices", mutates_args=())
 def _top_indices(values: Tensor, most: int, count: Tensor | None, backend: str) -> Tensor:
-    module = next(b for b in BACKENDS if b.name == backend).load()
-    places: Tensor = module.top_indices(values, most, count)
+    places: Tensor = _module(backend).top_indices(values, most, count)
     return places
 
 
@@ -170,12 +176,12 @@ def _(values: Tensor, most: int, count: Tensor | None, backend: str) -> Tensor:
 
 
 @torch.library.custom_op("sparseland::covering", mutates_args=())
-def _covering(weights: Tensor, mass: float, active: Tensor | None) -> tuple[Tensor, Tensor]:
-    value, taken = _TRITON.load().covering(weights, mass, active)
+def _covering(weights: Tensor, mass: float, active: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    value, taken = _module(backend).covering(weights, mass, active)
     return value, taken
 
 
 @_covering.register_fake
-def _(weights: Tensor, mass: float, active: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(weights: Tensor, mass: float, active: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     rows = weights.shape[:-1]
     return weights.new_empty(rows), weights.new_empty(rows, dtype=torch.int64)
