@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseland.errors import SparselandError
+from sparseland.ops._dispatch import why_no_gluon
 from sparseland.ops.block_sparse_attention.triton import Tile
 from sparseland.ops.column_sparse_attention import (
     block_column_attention,
@@ -459,3 +460,45 @@ def test_non_contiguous_inputs(backend: str) -> None:
         dense(q, k, v, pattern.mask())[0],
         torch.float32,
     )
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)
+def test_columns_go_on_from_the_blocks_output(case: tuple[int, ...]) -> None:
+    """As behind another kernel for the blocks; tiles without a column leave its output as it is."""
+    from sparseland.ops.block_sparse_attention import block_sparse_attention
+    from sparseland.ops.column_sparse_attention import triton as kernels
+
+    q, k, v = inputs(case)
+    pattern = union_for(case)
+    blocks, columns = pattern.blocks, pattern.columns
+    size, rows = blocks.block_size, blocks.counts.shape[2]
+    onto = block_sparse_attention(q, k, v, blocks, return_lse=True, backend="triton")
+    before = tuple(t.clone() for t in onto)
+    nothing = (blocks.counts.new_zeros(1, 1, rows), blocks.indices[:1, :1, :, :0])
+    scale = 1 / math.sqrt(q.shape[3])
+    got = kernels.block_column_attention(
+        q, k, v, size, size, *nothing, columns.counts, columns.indices, scale, onto=onto
+    )
+    for name, a, b in zip(("out", "lse"), got, dense(q, k, v, pattern.mask()), strict=True):
+        assert_close(name, a, b, torch.float32)
+    none = torch.zeros_like(columns.counts)
+    same = kernels.block_column_attention(
+        q, k, v, size, size, *nothing, none, columns.indices, scale, onto=tuple(t.clone() for t in before)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(same, before, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("dim", "block_size"), [(128, 64), (128, 128), (64, 128)])
+def test_compiled_kernels_for_blocks_and_columns(dim: int, block_size: int, grouped: bool) -> None:
+    if why_no_gluon(torch.empty(0, device=DEVICE)):
+        pytest.skip("needs Hopper and Triton 3.6")
+    case = (2, 4, 2, 700, 1500, dim, block_size)
+    q, k, v = inputs(case, torch.bfloat16)
+    pattern = grouped_union_for(case) if grouped else union_for(case)
+    out, lse = block_column_attention(q, k, v, pattern, return_lse=True, backend="gluon")
+    want, want_lse = dense(q, k, v, pattern.mask())
+    assert_close("out", out, want, torch.bfloat16)
+    assert_close("lse", lse, want_lse, torch.bfloat16)
+    assert torch.equal(out, block_column_attention(q, k, v, pattern))

@@ -209,8 +209,9 @@ def test_pieces_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("init", "topk"), [(0, 1), (1, 5), (3, 3), (2, 16), (5, 3)])
 def test_triton_lists_are_the_largest_rounded_scores(dtype: torch.dtype, init: int, topk: int) -> None:
-    from sparseland.ops.kernel_scores import triton as kernels
+    from sparseland.ops.kernel_scores.lists import lists
     from sparseland.ops.kernel_scores.reference import top
+    from sparseland.ops.kernel_scores.triton import FOREMOST
 
     # Few different values: ties everywhere, and rows whose scores are all 0.
     g = torch.Generator().manual_seed(init)
@@ -221,8 +222,8 @@ def test_triton_lists_are_the_largest_rounded_scores(dtype: torch.dtype, init: i
     # Queries at 700 ... 719 of blocks of 16, the tiles from the second on; those below 705 take all.
     sizes = (16, 2, init, topk, 705)
     block, own = torch.arange(128, device=DEVICE), torch.arange(700, 720, device=DEVICE)[:, None] // 16
-    marked = scores.masked_fill(block < init, kernels.FOREMOST).masked_fill(block > own - 2, -1)
-    kernels.lists(marked, made, 5, 695, 16, 2, topk, 705, tile=5)
+    marked = scores.masked_fill(block < init, FOREMOST).masked_fill(block > own - 2, -1)
+    lists(marked, made, 5, 695, 16, 2, topk, 705, tile=5)
     sizes_of = (25, 725, 16, 2, 5, 1)
     got = TokenBlockPattern(*sizes_of, *made).token_mask()[:, :, 5:, :44]
     expected = top(scores.float(), 700, *sizes)[..., :44]
@@ -234,14 +235,14 @@ def test_triton_lists_are_the_largest_rounded_scores(dtype: torch.dtype, init: i
 @pytest.mark.parametrize("columns", [8200, 16500])
 def test_rows_of_many_blocks(columns: int, dtype: torch.dtype) -> None:
     """As many as take 16 warps, which have fewer registers each."""
-    from sparseland.ops.kernel_scores import triton as kernels
+    from sparseland.ops.kernel_scores.lists import lists
 
     g = torch.Generator().manual_seed(0)
     scores = torch.rand(1, 1, 3, cdiv(columns, 64) * 64, generator=g).to(DEVICE, dtype)
     scores[..., columns:] = -1
     made = tuple(torch.zeros(1, 1, 1, *n, dtype=torch.int32, device=DEVICE) for n in ((), (30,), (30,)))
     # The last of these queries' windows begins behind all columns.
-    kernels.lists(scores, made, 0, 16 * columns, 16, 1, 10, 0, tile=3)
+    lists(scores, made, 0, 16 * columns, 16, 1, 10, 0, tile=3)
     counts, indices, members = made
     for row in range(3):
         chosen = {

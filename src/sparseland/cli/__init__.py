@@ -159,7 +159,7 @@ def find_frontier(
         str | None,
         typer.Option(
             metavar="NUMBER",
-            help="Leave out what is not measured after so many; 0 = no limit (default: 13 for the default "
+            help="Leave out what is not measured after so many; 0 = no limit (default: 14 for the default "
             "model, methods and lengths, else no limit).",
         ),
     ] = None,

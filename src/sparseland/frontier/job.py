@@ -36,8 +36,9 @@ SCREEN_ABOVE = 8
 # the tokens would not turn that round.
 SLOWEST = 1.25
 SIMILAR = 4
-# What reads a prompt so much slower than dense has further to go than that.
-SLOWEST_PROMPT = 1.5
+# What reads a prompt this much slower than dense, too: what a method adds grows with the tokens, what it
+# leaves out with their square, and at twice the tokens both together are still slower than dense.
+SLOWEST_PROMPT = 1.25
 SURVIVORS: dict[Role, int] = {"prefill": 3, "select": 1, "store": 1, "linear": 1}
 # Shares of a run's minutes after which no more is screened, or measured for the choice.
 SCREENED_BY, CHOSEN_BY = 0.4, 0.75
@@ -139,12 +140,12 @@ class Job:
         chosen = [parse_spec(s) for s in choice["recipe"]]
         # The choice stands; a look that does not fit into memory or time is left out.
         self._look("maps", lambda: draw_maps(measuring, chosen, survivors))
-        if self._in_time(1.0, "recall", known=bool(self.log.of("inspection"))):
-            self._look("recall", lambda: inspect(measuring, survivors))
-        self._look("tasks", lambda: self._ask(recipes))
         for control in self._controls(survivors):
             if self._in_time(1.0, control.spec, known=self._measured([control])):
                 measuring.measure_all([control], "control")
+        if self._in_time(1.0, "recall", known=bool(self.log.of("inspection"))):
+            self._look("recall", lambda: inspect(measuring, survivors))
+        self._look("tasks", lambda: self._ask(recipes))
         if self._late:
             reason = f"the run's {self._minutes:g} minutes were over"
             self.log.add({"kind": "left_out", "what": "; ".join(self._late), "reason": reason, "late": True})
@@ -190,7 +191,7 @@ class Job:
 
     def _ask(self, recipes: Sequence[Sequence[str]]) -> None:
         """Each task at every length, the shortest prompts first."""
-        for length, (name, count) in itertools.product(self.lengths, TASK_SAMPLES.items()):
+        for (name, count), length in itertools.product(TASK_SAMPLES.items(), self.lengths):
             asked = [self.log.of("task", recipe=[*r], task=name, length=length) for r in recipes]
             known = all(len(rows) >= count for rows in asked)
             if self._in_time(1.0, f"{name} at {length} tokens", known=known):

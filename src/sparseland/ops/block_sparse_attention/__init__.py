@@ -29,7 +29,7 @@ from sparseland.ops._dispatch import (
 )
 from sparseland.patterns import BlockPattern, cdiv
 
-__all__ = ["block_sparse_attention"]
+__all__ = ["block_sparse_attention", "why_not_gluon"]
 
 _OP = "block_sparse_attention"
 _FA4_VERSION = "4.0.0b36"  # its block-sparse interface is not stable between betas
@@ -64,7 +64,8 @@ def _why_not_fa4(q: Tensor, block_size: int) -> str | None:
 _GLUON_DIMS = {64: (128,), 128: (64, 128)}
 
 
-def _why_not_gluon(q: Tensor, block_size: int) -> str | None:
+def why_not_gluon(q: Tensor, block_size: int) -> str | None:
+    """The reason Gluon's kernels can't run on these queries with blocks of this size, or None."""
     if reason := why_no_gluon(q) or why_no_triton(q):
         return reason
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -101,7 +102,7 @@ def _why_not_reference(q: Tensor, block_size: int) -> str | None:
 
 # In the order of speed. All forwards share one signature; backwards are chosen in `_backward_module`.
 _BACKENDS = (
-    Backend("gluon", f"{__name__}.gluon", _why_not_gluon),
+    Backend("gluon", f"{__name__}.gluon", why_not_gluon),
     Backend("fa4", f"{__name__}.fa4", _why_not_fa4),
     Backend("triton", f"{__name__}.triton", _why_not_triton),
     Backend("cpu", f"{__name__}.cpu", _why_not_cpu),

@@ -3,10 +3,11 @@
 For verticals and stripes, and for MInference's vertical-slash heads (blocks + columns). Backends:
 
 - ``cpu``: listed keys gathered in batches for PyTorch's CPU flash kernel;
+- ``gluon`` (Hopper; blocks and columns): a kernel for the blocks, another that goes on with the columns;
 - ``triton``: one kernel for blocks and columns;
 - ``reference``: all scores and a mask.
 
-All are differentiable; ``cpu`` and ``triton`` share a backward in plain PyTorch.
+All are differentiable; all but ``reference`` share a backward in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from sparseland.ops._dispatch import (
     why_no_triton,
     why_not_float,
 )
+from sparseland.ops.block_sparse_attention import why_not_gluon
 from sparseland.ops.column_sparse_attention import reference
 from sparseland.patterns import BlockColumnPattern, BlockPattern, ColumnPattern, cdiv, unexpanded
 
@@ -46,11 +48,14 @@ def _why_no_triton(q: Tensor, block_size: int) -> str | None:
     return why_no_triton(q)
 
 
+_GLUON = Backend("gluon", f"{_HERE}.gluon", lambda q, size: _why_no_triton(q, size) or why_not_gluon(q, size))
 BACKENDS = (
     Backend("cpu", f"{_HERE}.cpu", lambda q, _: on_cpu(q)),
     Backend("triton", f"{_HERE}.triton", _why_no_triton),
     Backend("reference", f"{_HERE}.reference", lambda *_: None),
 )
+# For blocks and columns, in the order of speed.
+UNION_BACKENDS = (_GLUON, *BACKENDS)
 
 
 @overload
@@ -148,7 +153,7 @@ def block_column_attention(
     block size is the blocks' or a multiple of it.
 
     Source: Jiang et al. 2024, "MInference 1.0", section 3.2 and appendix C (vertical-slash kernel).
-    Arguments, results and errors are those of :func:`column_sparse_attention`.
+    Arguments, results and errors are those of :func:`column_sparse_attention`; ``gluon`` is one more backend.
     """
     return _attention("block_column_attention", q, k, v, pattern, scale, return_lse, backend)
 
@@ -181,7 +186,8 @@ def _attention(
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     if not scale > 0:
         raise SparselandError(f"{op}: scale must be > 0, got {scale}")
-    chosen = choose(op, BACKENDS, backend, q, block_size)
+    backends = UNION_BACKENDS if isinstance(pattern, BlockColumnPattern) else BACKENDS
+    chosen = choose(op, backends, backend, q, block_size)
     if chosen.name == "reference":
         out, lse = reference.pattern_attention(q, k, v, pattern, scale)
     else:
@@ -241,7 +247,7 @@ def _block_column_attention(
     if q.numel() == 0 or not block_indices.shape[3] + column_indices.shape[3]:
         # No pair at all: kernels need not know this case.
         return q.new_zeros(q.shape), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
-    module = next(b for b in BACKENDS if b.name == backend).load()
+    module = next(b for b in UNION_BACKENDS if b.name == backend).load()
     out, lse = module.block_column_attention(
         q, k, v, block_size, column_size, block_counts, block_indices, column_counts, column_indices, scale
     )

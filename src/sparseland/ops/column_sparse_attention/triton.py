@@ -5,7 +5,8 @@ gathered tiles, with one running softmax. Lists ascend, so the keys that need a 
 list is cut where they begin, and the part before runs without a test; columns wholly in the tile's future
 (a list that several query blocks share has some) are cut off. The next tile's positions are loaded one step
 ahead, so that the loads of keys and values, which depend on them, can be pipelined. Programs of one head run
-side by side (its keys and values stay in the L2 cache), those with the most keys first.
+side by side (its keys and values stay in the L2 cache), those with the most keys first. Where another kernel
+has attended to the blocks already, the softmax goes on from its output and log-sum-exp.
 """
 
 # mypy: ignore-errors
@@ -104,7 +105,8 @@ def _forward_kernel(
     stride_cm, stride_ob, stride_oh,
     H, G, Nq, Nk, share, scale_log2,
     D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BB: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
+    BB: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, ONTO: tl.constexpr, WIDE: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """BB: keys of a tile of blocks. Strides: b and t of block counts and lists, c and n of columns'."""
     # Query tiles run fastest: programs that are alive together share one head's keys and values.
@@ -122,9 +124,18 @@ def _forward_kernel(
     v += i_b * stride_vb + i_hk * stride_vh
     first = m0 + Nk - Nq
     position = first + tl.arange(0, BM)
-    acc = tl.zeros([BM, BD], tl.float32)
-    b_m = tl.full([BM], float("-inf"), tl.float32)
-    b_l = tl.zeros([BM], tl.float32)
+    i_row = (i_b * H + i_h) * Nq + m0
+    out += i_row * D + tl.arange(0, BM)[:, None] * D + i_d[None, :]
+    lse += i_row + tl.arange(0, BM)
+    inside = (i_m < Nq)[:, None] & (i_d < D)[None, :]
+    if ONTO:
+        acc = tl.load(out, mask=inside, other=0.0).to(tl.float32)
+        b_m = tl.load(lse, mask=i_m < Nq, other=float("-inf")) * LOG2E
+        b_l = tl.where(b_m == float("-inf"), 0.0, 1.0)
+    else:
+        acc = tl.zeros([BM, BD], tl.float32)
+        b_m = tl.full([BM], float("-inf"), tl.float32)
+        b_l = tl.zeros([BM], tl.float32)
 
     if BLOCKS:
         blocks = block_indices + i_b * stride_tb + i_h * stride_th + i_block.to(tl.int64) * stride_bm
@@ -153,6 +164,8 @@ def _forward_kernel(
         stop = (count + BN - 1) // BN * BN
         while tl.load(columns + stop - BN, mask=stop > 0, other=-1) > first + BM - 1:
             stop -= BN
+        if ONTO and stop == 0:
+            return
         seen = tl.minimum(stop, count // BN * BN)
         while tl.load(columns + seen - 1, mask=seen > 0, other=-1) > first:
             seen -= BN
@@ -170,10 +183,8 @@ def _forward_kernel(
     b_l = tl.where(unseen, 1.0, b_l)
     b_o = acc / b_l[:, None]
     b_lse = tl.where(unseen, float("-inf"), (b_m + tl.log2(b_l)) * LN2)
-    i_row = (i_b * H + i_h) * Nq + m0
-    out += i_row * D + tl.arange(0, BM)[:, None] * D + i_d[None, :]
-    tl.store(out, b_o.to(out.dtype.element_ty), mask=(i_m < Nq)[:, None] & (i_d < D)[None, :])
-    tl.store(lse + i_row + tl.arange(0, BM), b_lse, mask=i_m < Nq)
+    tl.store(out, b_o.to(out.dtype.element_ty), mask=inside)
+    tl.store(lse, b_lse, mask=i_m < Nq)
 
 
 def block_column_attention(
@@ -188,16 +199,19 @@ def block_column_attention(
     column_indices: Int[Tensor, "b h Mc Lc"],
     scale: float,
     tiles: tuple[Tile, ...] | None = None,
+    onto: tuple[Float[Tensor, "B Hq Nq D"], Float[Tensor, "B Hq Nq"]] | None = None,
 ) -> tuple[Float[Tensor, "B Hq Nq D"], Float[Tensor, "B Hq Nq"]]:
-    """Output and log-sum-exp. Deterministic: each program owns its rows. ``tiles`` replaces the table."""
+    """Output and log-sum-exp. Deterministic: each program owns its rows. ``tiles`` replaces the table.
+
+    ``onto``: output and log-sum-exp of other keys, contiguous; what is computed here is added in place.
+    """
     B, H, Nq, D = q.shape
     Nk, M = k.shape[2], block_counts.shape[2]
     q, k, v, block_indices, column_indices = (
         last_dim_dense(t) for t in (q, k, v, block_indices, column_indices)
     )
     block_counts, column_counts = block_counts.contiguous(), column_counts.contiguous()
-    out = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = onto or (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32))
     share, BD = column_size // block_size, padded(D)
     wide = (Nk + 1) * max(k.stride(2), v.stride(2)) >= INT32
     has_blocks, has_columns = block_indices.shape[3] > 0, column_indices.shape[3] > 0
@@ -213,11 +227,12 @@ def block_column_attention(
             q, k, v, out, lse, *lists, order, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *lists[0].stride()[:2], *lists[1].stride()[:3], *lists[2].stride()[:2], *lists[3].stride()[:3],
             *order.stride()[:2], H, H // k.shape[1], Nq, Nk, share, scale * LOG2E.value,
-            D, BD, block_size, BM, tile.BN, BB, has_blocks, has_columns, wide, tile.tma,
+            D, BD, block_size, BM, tile.BN, BB, has_blocks, has_columns, onto is not None,
+            wide, tile.tma,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
-    key = ("columns", D, block_size, q.dtype, has_blocks, has_columns)
+    key = ("columns", D, block_size, q.dtype, has_blocks, has_columns, onto is None)
     # Tiles are cut to the block here, not by `first_fitting`: only blocks bound the keys of a tile.
     first_fitting(key, tiles or preferred(q, block_size), 1 << 30, q, launch)
     return out, lse

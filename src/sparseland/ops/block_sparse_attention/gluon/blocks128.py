@@ -20,7 +20,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -33,7 +32,10 @@ from sparseland.ops.block_sparse_attention.gluon.common import (
     descriptor,
     found,
     leave,
+    new_barriers,
     place_of,
+    send,
+    store_lse,
     tma_ready,
 )
 
@@ -248,28 +250,19 @@ def _compute(
             mbarrier.arrive(v_empty.index(v_stage), count=1)
             step += 1
 
-        # Not "b_l > 0": a query or key that is NaN must show.
-        unseen = b_l == 0.0
-        b_l = gl.where(unseen, 1.0, b_l)
-        base = (i_b * H + i_h).to(gl.int64) * Nq
+        start = (i_b * H + i_h).to(gl.int64) * Nq
         if count > 0:
             # The output leaves through the place of the last keys, once both warpgroups have read them.
-            o = o * gl.convert_layout(1.0 / b_l, O_ROWS)[:, None]
+            o = o * gl.convert_layout(1.0 / gl.where(b_l == 0.0, 1.0, b_l), O_ROWS)[:, None]
             mbarrier.wait(k_read, (queries - 1) & 1)
-            place = k_smem.index((step - 1) % STAGES)
-            place = place._reinterpret(q_desc.dtype, [2, 1, 1, 64, D], o_desc.layout).index(WARPGROUP)
-            place.reshape([64, D]).store(o.to(q_desc.dtype))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(o_desc, [i_b, i_h, m0, 0], place)
+            send(o, o_desc, (i_b, i_h, m0), k_smem.index((step - 1) % STAGES), WARPGROUP, D)
         else:
             i_row = m0 + gl.arange(0, 64, layout=O_ROWS)
             i_d = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
-            p_out = out + (base + i_row.to(gl.int64))[:, None] * D + i_d[None, :]
+            p_out = out + (start + i_row.to(gl.int64))[:, None] * D + i_d[None, :]
             gl.store(p_out, o.to(q_desc.dtype), mask=(i_row < Nq)[:, None])
         if NEED_LSE:
-            b_lse = gl.where(unseen, float("-inf"), (b_m + gl.log2(b_l)) * 0.6931471805599453)
-            i_row = m0 + gl.arange(0, 64, layout=S_ROWS)
-            gl.store(lse + base + i_row.to(gl.int64), b_lse, mask=i_row < Nq)
+            store_lse(lse, start, m0, Nq, b_m, b_l)
         if count > 0:
             tma.store_wait(0)
             mbarrier.arrive(k_empty.index((step - 1) % STAGES), count=1)
@@ -294,30 +287,8 @@ def _kernel(
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, 128, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, 128, D], v_desc.layout)
     notes = gl.allocate_shared_memory(gl.int32, [2 * NOTES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    note_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    note_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_read = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(note_ready.index(i), count=1)
-        mbarrier.init(note_empty.index(i), count=2)
-    mbarrier.init(k_read, count=2)
-    mbarrier.init(q_ready, count=1)
-    mbarrier.init(q_empty, count=2)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_ready.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
-    fence_async_shared()
-
     buffers = (q_smem, k_smem, v_smem, notes)
-    barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, note_ready, note_empty, k_read)
+    barriers = new_barriers(STAGES)
     lists = (counter, counts, indices)
     sizes = (n_rows, H, G, Nq, Nk, Mq, stride_cb, stride_ch, stride_ib, stride_ih, stride_im)
     inputs, outputs = (q_desc, k_desc, v_desc), (o_desc, out, lse)

@@ -17,7 +17,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -30,7 +29,10 @@ from sparseland.ops.block_sparse_attention.gluon.common import (
     descriptor,
     found,
     leave,
+    new_barriers,
     place_of,
+    send,
+    store_lse,
     tma_ready,
 )
 from sparseland.ops.block_sparse_attention.gluon.shared_lists import share_lists
@@ -63,9 +65,12 @@ def _tile(p_blocks, width, i, both, first, second):
     owner = gl.where(j < 0, 0, gl.where(j < 2 * fewer, 1 + j % 2, longer))
     place = 2 * gl.where(j < 0, i, gl.where(j < 2 * fewer, j // 2, j - fewer))
     n = gl.where(owner == 0, both, gl.where(owner == 1, first, second))
-    p_blocks += owner * width + place
+    # What is only the first's begins at the end of the row of what is both's.
+    start = gl.where(owner == 0, 0, gl.where(owner == 1, width - 1, width))
+    way = gl.where(owner == 1, -1, 1)
+    p_blocks += start + way * place
     block = gl.load(p_blocks, mask=place < n, other=0)
-    other = gl.load(p_blocks + 1, mask=place + 1 < n, other=-1)
+    other = gl.load(p_blocks + way, mask=place + 1 < n, other=-1)
     return block, other, gl.where(place < n, gl.where(owner == 0, 3, owner), 0)
 
 
@@ -99,7 +104,7 @@ def _load(state, SHAPE: gl.constexpr):
         both = gl.load(lists[1] + row * 3)
         first = gl.load(lists[1] + row * 3 + 1)
         second = gl.load(lists[1] + row * 3 + 2)
-        p_blocks = lists[2] + row.to(gl.int64) * 3 * width
+        p_blocks = lists[2] + row.to(gl.int64) * 2 * width
         # Where nothing is listed, one tile that is nobody's.
         tiles = gl.maximum((both + 1) // 2 + (first + 1) // 2 + (second + 1) // 2, 1)
         block, other, owners = _tile(p_blocks, width, 0, both, first, second)
@@ -229,16 +234,14 @@ def _compute(state, WARPGROUP: gl.constexpr, SHAPE: gl.constexpr):
                     )
                     o, p = warpgroup_mma_wait(0, deps=(o, p))
                     mbarrier.arrive(v_empty.index(v_stage), count=1)
-                    o = o * gl.convert_layout(alpha, O_ROWS)[:, None]
-                    p = gl.convert_layout(s.to(q.dtype), P_LAYOUT)
                 else:
                     s = warpgroup_mma_wait(0, deps=(product,))
                     _free(k_empty.index(stage), k_read, more)
                     s, b_m, b_l, alpha = _weights(
                         s, b_m, b_l, block, other, position, first, scale_log2, S_LAYOUT
                     )
-                    o = o * gl.convert_layout(alpha, O_ROWS)[:, None]
-                    p = gl.convert_layout(s.to(q.dtype), P_LAYOUT)
+                o = o * gl.convert_layout(alpha, O_ROWS)[:, None]
+                p = gl.convert_layout(s.to(q.dtype), P_LAYOUT)
                 waiting = 1
                 v_step = step
             step += 1
@@ -250,21 +253,13 @@ def _compute(state, WARPGROUP: gl.constexpr, SHAPE: gl.constexpr):
             o, p = warpgroup_mma_wait(0, deps=(o, p))
             mbarrier.arrive(v_empty.index(v_stage), count=1)
 
-        # Not "b_l > 0": a query or key that is NaN must show.
-        unseen = b_l == 0.0
-        b_l = gl.where(unseen, 1.0, b_l)
-        o = o * gl.convert_layout(1.0 / b_l, O_ROWS)[:, None]
+        o = o * gl.convert_layout(1.0 / gl.where(b_l == 0.0, 1.0, b_l), O_ROWS)[:, None]
         # The output leaves through the place of the last keys, once both warpgroups are done with them.
         mbarrier.wait(k_read, turn & 1)
         stage = (step - 1) % STAGES
-        place = keys.index(stage)._reinterpret(q.dtype, [2, 1, 1, 64, D], o_desc.layout).index(WARPGROUP)
-        place.reshape([64, D]).store(o.to(q.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(o_desc, [i_b, i_h, m0, 0], place)
+        send(o, o_desc, (i_b, i_h, m0), keys.index(stage), WARPGROUP, D)
         if SHAPE[2]:
-            b_lse = gl.where(unseen, float("-inf"), (b_m + gl.log2(b_l)) * 0.6931471805599453)
-            i_row = m0 + gl.arange(0, 64, layout=S_ROWS)
-            gl.store(lse + (i_b * H + i_h).to(gl.int64) * Nq + i_row.to(gl.int64), b_lse, mask=i_row < Nq)
+            store_lse(lse, (i_b * H + i_h).to(gl.int64) * Nq, m0, Nq, b_m, b_l)
         tma.store_wait(0)
         mbarrier.arrive(k_empty.index(stage), count=1)
         turn += 1
@@ -297,31 +292,9 @@ def _kernel(
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES * PIECES * 2, 1, 1, 64, 64], v_desc.layout)
     notes = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     marks = gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    note_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    note_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_read = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(note_ready.index(i), count=1)
-        mbarrier.init(note_empty.index(i), count=2)
-    mbarrier.init(k_read, count=2)
-    mbarrier.init(q_ready, count=1)
-    mbarrier.init(q_empty, count=2)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_ready.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
-    fence_async_shared()
-
     inputs, outputs = (q_desc, k_desc, v_desc), (o_desc, lse)
     buffers = (q_smem, k_smem, v_smem, notes, marks)
-    barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, note_ready, note_empty, k_read)
+    barriers = new_barriers(STAGES)
     lists = (counter, counts, blocks)
     sizes = (rows, H, G, Nq, Nk, groups, stride_b, stride_h, width)
     state = (inputs, outputs, buffers, barriers, lists, sizes, scale_log2)
@@ -351,7 +324,7 @@ def forward(
     # Lists that are one for all rows of the batch, or for all heads, are parted once.
     shared_counts, blocks = share_lists(*unexpanded(counts, indices))
     groups, width = blocks.shape[2], blocks.shape[4]
-    strides = [0 if blocks.shape[d] == 1 else blocks.stride(d) // (3 * width) for d in (0, 1)]
+    strides = [0 if blocks.shape[d] == 1 else blocks.stride(d) // (2 * width) for d in (0, 1)]
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     rows = B * H * groups

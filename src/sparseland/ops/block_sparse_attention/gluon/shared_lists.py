@@ -33,10 +33,10 @@ def _holds(p_list, n, b_block):
 
 
 @triton.jit
-def _keep(p_blocks, b_block, b_on, done):
+def _keep(p_blocks, b_block, b_on, done, STEP: tl.constexpr):
     """Appends the blocks that are on; how many there are then."""
     b_place = done + tl.cumsum(b_on, 0) - 1
-    tl.store(p_blocks + b_place, b_block, mask=b_on != 0)
+    tl.store(p_blocks + b_place * STEP, b_block, mask=b_on != 0)
     return done + tl.sum(b_on, 0)
 
 
@@ -52,7 +52,7 @@ def _kernel(
     p_first = indices + i_b.to(tl.int64) * stride_ib + i_h.to(tl.int64) * stride_ih
     p_first += i_m.to(tl.int64) * stride_im
     p_second = p_first + stride_im
-    blocks += row * 3 * width
+    blocks += row * 2 * width
     n_first = tl.load(counts)
     n_second = tl.load(counts + 1, mask=i_m + 1 < Mq, other=0)
     both, only_first, only_second = 0, 0, 0
@@ -61,14 +61,14 @@ def _kernel(
         b_block = tl.load(p_first + i_l, mask=i_l < n_first, other=0)
         b_shared = _holds(p_second, n_second, b_block)
         b_in = (i_l < n_first).to(tl.int32)
-        both = _keep(blocks, b_block, b_in & b_shared, both)
-        only_first = _keep(blocks + width, b_block, b_in & ~b_shared, only_first)
+        both = _keep(blocks, b_block, b_in & b_shared, both, 1)
+        only_first = _keep(blocks + width - 1, b_block, b_in & ~b_shared, only_first, -1)
     for start in range(0, n_second, CHUNK):
         i_l = start + tl.arange(0, CHUNK)
         b_block = tl.load(p_second + i_l, mask=i_l < n_second, other=0)
         b_in = (i_l < n_second).to(tl.int32)
         b_in &= ~_holds(p_first, n_first, b_block)
-        only_second = _keep(blocks + 2 * width, b_block, b_in, only_second)
+        only_second = _keep(blocks + width, b_block, b_in, only_second, 1)
     tl.store(shared_counts + row * 3, both)
     tl.store(shared_counts + row * 3 + 1, only_first)
     tl.store(shared_counts + row * 3 + 2, only_second)
@@ -76,10 +76,11 @@ def _kernel(
 
 def share_lists(
     counts: Int[Tensor, "B H Mq"], indices: Int[Tensor, "B H Mq L"]
-) -> tuple[Int[Tensor, "B H G 3"], Int[Tensor, "B H G 3 L"]]:
-    """For each two query blocks three ascending lists: blocks of both, of the first only, of the second only.
+) -> tuple[Int[Tensor, "B H G 3"], Int[Tensor, "B H G 2 L"]]:
+    """For each two query blocks three lists: blocks of both, of the first only, of the second only.
 
-    What lies behind a list's count is not defined.
+    The first two share a row, as long as the first query block's list together: what is only the first's
+    begins at the row's end and goes backwards. What lies behind a list's count is not defined.
 
     Args:
         counts, indices: as in :class:`~sparseland.patterns.BlockPattern`, ascending.
@@ -89,7 +90,7 @@ def share_lists(
     B, H, Mq = counts.shape
     groups, width = cdiv(Mq, 2), indices.shape[3]
     shared_counts = torch.empty(B, H, groups, 3, dtype=torch.int32, device=counts.device)
-    blocks = torch.empty(B, H, groups, 3, width, dtype=torch.int32, device=counts.device)
+    blocks = torch.empty(B, H, groups, 2, width, dtype=torch.int32, device=counts.device)
     if shared_counts.numel():
         _kernel[(groups, H, B)](
             counts, indices, shared_counts, blocks, *counts.stride()[:2], *indices.stride()[:3], H, Mq,
