@@ -155,7 +155,9 @@ def test_generate_with_dense_settings_gives_the_dense_tokens(models, arch, how, 
         return model.generate(input_ids=ids, attention_mask=mask, **options)
 
     expected = tokens()
-    methods = [DENSE] if how == "static" else [DENSE, "double-sparsity:budget=1,min_length=0,dense_layers=0"]
+    methods = [DENSE]
+    if how != "static" and arch != "mistral":  # all of whose layers are local: no cache that grows
+        methods.append("double-sparsity:budget=1,min_length=0,dense_layers=0")
     with sl.apply(model, methods, calibration_ids=ids):
         assert torch.equal(tokens(), expected)
 

@@ -56,6 +56,10 @@ def test_a_recipe_for_other_shapes_is_refused(saved):
         (lambda d: d["methods"][0].update(slug="nope"), "unknown method 'nope'"),
         (lambda d: d["methods"][0]["params"].update(budget=7), "budget=7 is not allowed"),
         (lambda d: d["methods"][0]["params"].update(surprise=1), "no parameter 'surprise'"),
+        (
+            lambda d: d.update(methods=[{"slug": "minference"}, {"slug": "flexprefill"}], calibration={}),
+            "minference and flexprefill can't be combined",
+        ),
         (lambda d: d["calibration"].update(other={}), "none of its methods"),
         (
             lambda d: d["calibration"]["double-sparsity"].update(tensors="../x.safetensors"),

@@ -28,6 +28,19 @@ def test_a_rerun_continues_behind_the_last_whole_row(tmp_path):
         Log(tmp_path, "b")
 
 
+def test_somebody_elses_file_is_kept_and_a_cut_first_row_is_not(tmp_path):
+    path = tmp_path / "results.jsonl"
+    for foreign in ("my results: 3, 4\n", '{"epoch": 1, "loss": 2.0}\n'):
+        path.write_text(foreign)
+        with pytest.raises(SparselandError, match=r"results\.jsonl holds something else than results"):
+            Log(tmp_path, "a")
+        assert path.read_text() == foreign
+    for cut in ("", '{"ki', '{"kind": "job", "finger'):
+        path.write_text(cut)
+        with Log(tmp_path, "a") as log:
+            assert log.rows == []
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_one_clear_line(tmp_path):
     with Log(tmp_path, "a") as log:

@@ -14,16 +14,13 @@ from torch import Tensor, nn
 
 from sparseland.errors import SparselandError
 from sparseland.method import (
-    ROLES,
     Calibration,
     LayerShape,
     LinearMethod,
     Method,
     PrefillMethod,
-    Role,
-    SelectMethod,
-    StoreMethod,
     as_methods,
+    by_role,
 )
 from sparseland.models.attention import NAME, evaluating, switch
 from sparseland.models.caches import cache_hook, local_layers
@@ -191,10 +188,12 @@ def apply(
         calibrations = {**methods.calibrations, **(calibrations or {})}
         methods = methods.methods
     chosen = as_methods(methods)
-    by_role = _roles(chosen)
+    if not chosen:
+        raise SparselandError("no method given; `sparseland list` shows them")
+    role_of = by_role(chosen)
     shapes = probe(model)
     layers = attention_layers(model)
-    linear = by_role.get("linear")
+    linear = role_of.get("linear")
     dense_linears = {} if linear is None else _linears(model, linear)
     for method in chosen:
         _refuse_idle(model, method, layers)
@@ -211,9 +210,9 @@ def apply(
             n_layers=len(layers),
             learners={slug: modules[i] for slug, modules in learners.items() if i in modules},
             rope=ropes.get(i),
-            prefill=by_role.get("prefill"),  # type: ignore[arg-type]
-            select=by_role.get("select"),  # type: ignore[arg-type]
-            store=by_role.get("store"),  # type: ignore[arg-type]
+            prefill=role_of.get("prefill"),  # type: ignore[arg-type]
+            select=role_of.get("select"),  # type: ignore[arg-type]
+            store=role_of.get("store"),  # type: ignore[arg-type]
             calibrations=found,
             measure_recall=recall,
             measure_time=timing,
@@ -225,7 +224,7 @@ def apply(
         hook = decoder_of(model).register_forward_pre_hook(cache_hook(runtimes), with_kwargs=True)
         stack.callback(hook.remove)
         stack.callback(_deactivate, runtimes)
-        prefill = by_role.get("prefill")
+        prefill = role_of.get("prefill")
         if isinstance(prefill, PrefillMethod) and prefill.reads_vision:
             stack.callback(track_modality(model, runtimes.values()))
         linears: dict[str, nn.Module] = {}
@@ -238,22 +237,6 @@ def apply(
             linears[name] = new
         undo = stack.pop_all().close
     return Handle(model, chosen, found, runtimes, linears, undo, learners)
-
-
-def _roles(methods: Sequence[Method]) -> dict[Role, Method]:
-    """Role -> method; two methods in one role are refused with the reason."""
-    if not methods:
-        raise SparselandError("no method given; `sparseland list` shows them")
-    kinds = {"prefill": PrefillMethod, "select": SelectMethod, "store": StoreMethod, "linear": LinearMethod}
-    taken: dict[Role, Method] = {}
-    for method in methods:
-        for role in sorted(method.roles):
-            if role in taken:
-                a, b = taken[role].card.slug, method.card.slug
-                raise SparselandError(f"{a} and {b} can't be combined: both decide {ROLES[role]}")
-            assert isinstance(method, kinds[role]), f"{method.card.slug} lacks what role {role} needs"
-            taken[role] = method
-    return taken
 
 
 def _linears(model: nn.Module, method: Method) -> dict[str, nn.Linear]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparseland.errors import SparselandError
 from sparseland.files import read_object, write_atomically
-from sparseland.method import Calibration, Method, as_methods, method_class
+from sparseland.method import Calibration, Method, as_methods, by_role, method_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,6 +50,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.methods = tuple(as_methods(self.methods))
+        by_role(self.methods)  # what can't be combined is no recipe
 
     @classmethod
     def of(
@@ -136,7 +137,10 @@ class Recipe:
             tensors = _read_tensors(path, entry["tensors"]) if "tensors" in entry else {}
             calibrations[slug] = Calibration(meta, tensors)
         model = _typed(path, data, "model", dict, {})
-        return cls(methods, calibrations, model, _typed(path, data, "evidence", dict, {}))
+        try:
+            return cls(methods, calibrations, model, _typed(path, data, "evidence", dict, {}))
+        except SparselandError as cause:
+            raise SparselandError(f"{path}: {cause}") from cause
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

@@ -32,8 +32,12 @@ class RowFile:
         try:
             out.mkdir(parents=True, exist_ok=True)
             self.rows = list(read_rows(self.path)) if self.path.exists() else []
+            # An interrupt may have cut the very first row short; anything else is somebody's file.
+            ours = bool(self.rows) or not self.path.exists() or _begins_a_row(self.path.read_text("utf-8"))
         except (OSError, UnicodeDecodeError) as cause:
             raise SparselandError(f"can't use {out}: {getattr(cause, 'strerror', None) or cause}") from cause
+        if not ours:
+            raise SparselandError(f"{self.path} holds something else than results; choose another --out")
         known = {str(r.get("fingerprint")) for r in self.of(self.KIND)}
         if self.rows and known != {fingerprint}:
             raise SparselandError(f"{self.path} holds {self.OTHER}; choose another --out")
@@ -81,6 +85,11 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(row, dict) and isinstance(row.get("kind"), str):
             yield row
+
+
+def _begins_a_row(text: str) -> bool:
+    start = '{"kind": "'
+    return start.startswith(text) or (text.startswith(start) and "\n" not in text)
 
 
 def _line(row: dict[str, Any]) -> str:

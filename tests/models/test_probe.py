@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 import sparseland as sl
 from sparseland.errors import SparselandError
@@ -38,7 +38,7 @@ def test_shapes_are_those_that_attention_saw():
 @pytest.mark.parametrize(
     ("model_type", "fields", "words"),
     [
-        ("gptj", {}, "GPTJForCausalLM: .* not supported: unsupported operand"),
+        ("gptj", {}, "GPTJForCausalLM: .* not supported: its attention adds a mask to scores"),
         ("bert", {"is_decoder": True}, "BertLMHeadModel: .* not supported: .*missing 1 required positional"),
         ("llama4_text", {"attention_chunk_size": 4096}, r"layer 0 attends within chunks \(of 4096 tokens\)"),
     ],
@@ -60,6 +60,12 @@ def test_experts_whose_products_round_differently_are_no_leak(model_type):
     """Another last token moves tokens between the experts' products, which moves the last bits of others."""
     model = model_of(model_type)
     assert len(probe(model)) == 3
+
+
+def test_attention_that_adds_up_its_own_scores_is_refused_in_words():
+    config = FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+    with pytest.raises(SparselandError, match=r"FalconForCausalLM: .* not through AttentionInterface$"):
+        probe(FalconForCausalLM(config).eval())
 
 
 def test_out_of_memory_is_no_matter_of_the_model(monkeypatch):

@@ -67,6 +67,12 @@ def test_the_verdict_of_dense_and_of_an_unfinished_run():
     assert "not finished" in verdict(Results())[0]
 
 
+def test_the_verdict_names_some_of_what_a_run_had_no_time_for():
+    row = {"kind": "left_out", "what": "; ".join("abcdefgh"), "reason": "its minutes were over", "late": True}
+    said = verdict(Results(left_out=[row]))[-1]
+    assert said.startswith("Left out because its minutes were over: a; b; c; d; e; f; and 2 more. The same")
+
+
 def test_needles_that_dense_misses_say_nothing(sample):
     tasks = [
         {"recipe": r, "task": "needle", "length": 4096, "depth": 0.5, "correct": False}

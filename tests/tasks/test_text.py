@@ -77,6 +77,8 @@ def test_one_bad_file_spoils_a_folder_and_is_named(tmp_path):
 
 
 def test_a_missing_path_and_an_empty_folder_are_refused(tmp_path):
+    with pytest.raises(SparselandError, match="/dev/null: neither a file nor a folder"):
+        load_text("/dev/null")
     with pytest.raises(SparselandError, match="nowhere: no such file or folder"):
         load_text(tmp_path / "nowhere")
     (tmp_path / ".hidden").write_text("x")

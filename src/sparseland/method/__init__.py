@@ -19,7 +19,7 @@ from sparseland.method.registry import (
     parse_spec,
     split_specs,
 )
-from sparseland.method.roles import LinearMethod, PrefillMethod, SelectMethod, StoreMethod
+from sparseland.method.roles import LinearMethod, PrefillMethod, SelectMethod, StoreMethod, by_role
 from sparseland.method.state import KVStore, SelectState
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "Training",
     "as_method",
     "as_methods",
+    "by_role",
     "describe_params",
     "find_by_class_name",
     "method_class",

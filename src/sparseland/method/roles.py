@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from sparseland.method.base import Method, Role
+from sparseland.errors import SparselandError
+from sparseland.method.base import ROLES, Method, Role
 from sparseland.method.inputs import AttentionInputs, Calibration
 from sparseland.method.state import KVStore, SelectState
 
@@ -120,3 +122,28 @@ class LinearMethod(Method):
         ``handle.remove()``).
         """
         raise NotImplementedError
+
+
+_KINDS: dict[Role, type[Method]] = {
+    "prefill": PrefillMethod,
+    "select": SelectMethod,
+    "store": StoreMethod,
+    "linear": LinearMethod,
+}
+
+
+def by_role(methods: Sequence[Method]) -> dict[Role, Method]:
+    """Role -> method.
+
+    Raises:
+        SparselandError: two methods take one role; says which, and what it decides.
+    """
+    taken: dict[Role, Method] = {}
+    for method in methods:
+        for role in sorted(method.roles):
+            if role in taken:
+                a, b = taken[role].card.slug, method.card.slug
+                raise SparselandError(f"{a} and {b} can't be combined: both decide {ROLES[role]}")
+            assert isinstance(method, _KINDS[role]), f"{method.card.slug} lacks what role {role} needs"
+            taken[role] = method
+    return taken

@@ -137,6 +137,8 @@ def tiny_forward(model: nn.Module, ids: Tensor, **options: Tensor) -> Tensor:
         if out_of_memory(cause):
             raise
         reason = " ".join(str(cause).split()) or type(cause).__name__
+        if MaskSpec.__name__ in reason:
+            reason = "its attention adds a mask to scores of its own, not through AttentionInterface"
         raise SparselandError(
             f"{type(model).__name__}: its decoder fails on a tiny input and is not supported: {reason:.200}"
         ) from cause

@@ -10,6 +10,7 @@ from sparseland.report.pareto import Row, decode_loss_change, loss_change, numbe
 from sparseland.report.results import Results, key, score
 
 NONE = "–"
+NAMED = 6  # of what a run left out, in its verdict
 
 
 def spec_name(spec: str) -> str:
@@ -105,12 +106,18 @@ def facts(row: dict[str, Any], tasks: Sequence[dict[str, Any]] = ()) -> list[str
 def verdict(results: Results) -> list[str]:
     """The outcome in plain sentences; shared by the page and the terminal."""
     late = [
-        f"Left out because {row['reason']}: {row['what']}. "
+        f"Left out because {row['reason']}: {_some(row['what'])}. "
         "The same command with more --minutes goes on from here."
         for row in results.left_out
         if row.get("late")
     ]
     return [*_outcome(results), *late]
+
+
+def _some(what: str) -> str:
+    """A list in words that a small screen has room for; results.jsonl holds it whole."""
+    parts = what.split("; ")
+    return what if len(parts) <= NAMED else f"{'; '.join(parts[:NAMED])}; and {len(parts) - NAMED} more"
 
 
 def _outcome(results: Results) -> list[str]:

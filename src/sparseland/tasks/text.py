@@ -35,7 +35,8 @@ def load_text(path: str | Path) -> str:
     elif path.is_file():
         files = [path]
     else:
-        raise SparselandError(f"text {path}: no such file or folder")
+        problem = "neither a file nor a folder" if path.exists() else "no such file or folder"
+        raise SparselandError(f"text {path}: {problem}")
     total = sum(p.stat().st_size for p in files)
     if total > MAX_BYTES:
         raise SparselandError(f"text {path} has {total >> 20} MiB; at most {MAX_BYTES >> 20} are read")

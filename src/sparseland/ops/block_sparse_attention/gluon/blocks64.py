@@ -234,14 +234,16 @@ def _compute(state, WARPGROUP: gl.constexpr, SHAPE: gl.constexpr):
                     )
                     o, p = warpgroup_mma_wait(0, deps=(o, p))
                     mbarrier.arrive(v_empty.index(v_stage), count=1)
-                else:
+                    o = o * gl.convert_layout(alpha, O_ROWS)[:, None]
+                    p = gl.convert_layout(s.to(q.dtype), P_LAYOUT)
+                else:  # its last two lines are the other's, too: behind both they cost up to a tenth
                     s = warpgroup_mma_wait(0, deps=(product,))
                     _free(k_empty.index(stage), k_read, more)
                     s, b_m, b_l, alpha = _weights(
                         s, b_m, b_l, block, other, position, first, scale_log2, S_LAYOUT
                     )
-                o = o * gl.convert_layout(alpha, O_ROWS)[:, None]
-                p = gl.convert_layout(s.to(q.dtype), P_LAYOUT)
+                    o = o * gl.convert_layout(alpha, O_ROWS)[:, None]
+                    p = gl.convert_layout(s.to(q.dtype), P_LAYOUT)
                 waiting = 1
                 v_step = step
             step += 1

@@ -1,4 +1,4 @@
-"""What the kernels for Hopper share: tickets, barriers, notes in shared memory, how a row ends, bulk copies."""
+"""What the kernels for Hopper share: tickets, barriers, notes in shared memory, a row's end, bulk copies."""
 
 # mypy: ignore-errors
 
