@@ -124,13 +124,12 @@ def _forward_kernel(
     v += i_b * stride_vb + i_hk * stride_vh
     first = m0 + Nk - Nq
     position = first + tl.arange(0, BM)
-    i_row = (i_b * H + i_h) * Nq + m0
-    out += i_row * D + tl.arange(0, BM)[:, None] * D + i_d[None, :]
-    lse += i_row + tl.arange(0, BM)
-    inside = (i_m < Nq)[:, None] & (i_d < D)[None, :]
     if ONTO:
-        acc = tl.load(out, mask=inside, other=0.0).to(tl.float32)
-        b_m = tl.load(lse, mask=i_m < Nq, other=float("-inf")) * LOG2E
+        i_row = (i_b * H + i_h) * Nq + m0
+        p_out = out + i_row * D + tl.arange(0, BM)[:, None] * D + i_d[None, :]
+        inside = (i_m < Nq)[:, None] & (i_d < D)[None, :]
+        acc = tl.load(p_out, mask=inside, other=0.0).to(tl.float32)
+        b_m = tl.load(lse + i_row + tl.arange(0, BM), mask=i_m < Nq, other=float("-inf")) * LOG2E
         b_l = tl.where(b_m == float("-inf"), 0.0, 1.0)
     else:
         acc = tl.zeros([BM, BD], tl.float32)
@@ -183,8 +182,10 @@ def _forward_kernel(
     b_l = tl.where(unseen, 1.0, b_l)
     b_o = acc / b_l[:, None]
     b_lse = tl.where(unseen, float("-inf"), (b_m + tl.log2(b_l)) * LN2)
-    tl.store(out, b_o.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse, b_lse, mask=i_m < Nq)
+    i_row = (i_b * H + i_h) * Nq + m0
+    out += i_row * D + tl.arange(0, BM)[:, None] * D + i_d[None, :]
+    tl.store(out, b_o.to(out.dtype.element_ty), mask=(i_m < Nq)[:, None] & (i_d < D)[None, :])
+    tl.store(lse + i_row + tl.arange(0, BM), b_lse, mask=i_m < Nq)
 
 
 def block_column_attention(
