@@ -113,7 +113,7 @@ TINY = {
         ("gpt_oss", "GptOssAttention uses learned attention sinks"),
         (
             "gptj",
-            "GPTJForCausalLM: its decoder fails on a tiny input and is not supported: its attention adds a mask",
+            "GPTJForCausalLM: its decoder fails on a tiny input and is not supported: its attention adds",
         ),
         ("bloom", "BloomForCausalLM has no decoder attention layers"),
         ("mamba", "MambaForCausalLM has no decoder attention layers"),

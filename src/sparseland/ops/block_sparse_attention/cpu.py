@@ -44,37 +44,36 @@ def forward(
     counts = counts.expand(batch, heads, q_blocks).reshape(rows)
     order = counts.argsort(stable=True)
     lengths = counts[order].tolist()
-    row = torch.arange(rows)
-    head = row // q_blocks
-    kv_base = ((head // heads) * kv_heads + (head % heads) // (heads // kv_heads)) * k_blocks
-    lists = indices.expand(batch, heads, q_blocks, indices.shape[-1]).reshape(rows, -1).long()
-    first_query = (row % q_blocks) * size + offset
 
     out = q.new_zeros(rows, size * dim)
     lse = torch.full((rows, size) if need_lse else (0,), -math.inf)
     longest = lengths[-1] if lengths else 0
     capacity = max(_SCORE_BYTES // q.element_size(), 2 * size * size * longest)
+    batches = _batches(lengths, capacity // (size * size))
+    # What each row of a batch is, for all batches at once: a call for each of them would take longer.
+    order = order[rows - sum(n for n, _ in batches) :]  # rows without keys stay 0
+    head = order // q_blocks
+    kv_base = ((head // heads) * kv_heads + (head % heads) // (heads // kv_heads)) * k_blocks
+    lists = indices.expand(batch, heads, q_blocks, indices.shape[-1]).reshape(rows, -1)
+    chosen, shift = _aligned(lists, counts, order, batches)
+    flat = chosen + kv_base.repeat_interleave(_widths(batches))
+    first_query = (order % q_blocks) * size + offset
+
     scores = q.new_empty(capacity)
     gathered = q.new_empty(4, capacity // size * dim)
     # Scaling the queries is free; where it would round them, the scores are scaled instead.
     scale_queries = q.dtype == torch.float32 or math.frexp(scale)[0] == 0.5
     future = torch.ones(size, size, dtype=torch.bool).triu_(1)
 
-    start = next((i for i, n in enumerate(lengths) if n), rows)  # rows without keys stay 0
-    while start < rows:
-        end, length = _batch(lengths, start, capacity // (size * size))
-        n, width = end - start, length * size
-        which = order[start:end]
-        # Right-align the lists, so that the diagonal is the last block in every row.
-        shift = length - counts[which]
-        position = torch.arange(length) - shift[:, None]
-        chosen = lists[which].gather(1, position.clamp(min=0))
-        flat = (chosen + kv_base[which, None]).reshape(-1)
-
+    start = done = 0
+    for n, length in batches:
+        width = length * size
+        which = order[start : start + n]
+        part = slice(done, done + n * length)
         q_part, k_part, v_part, o_part = (buffer[: n * m * dim] for buffer, m in
                                           zip(gathered, (size, width, width, size), strict=True))  # fmt: skip
-        torch.index_select(keys, 0, flat, out=k_part.view(n * length, size * dim))
-        torch.index_select(values, 0, flat, out=v_part.view(n * length, size * dim))
+        torch.index_select(keys, 0, flat[part], out=k_part.view(n * length, size * dim))
+        torch.index_select(values, 0, flat[part], out=v_part.view(n * length, size * dim))
         torch.index_select(queries, 0, which, out=q_part.view(n, size * dim))
         s = scores[: n * size * width].view(n, size, width)
         if scale_queries:
@@ -82,7 +81,8 @@ def forward(
         torch.bmm(q_part.view(n, size, dim), k_part.view(n, width, dim).transpose(1, 2), out=s)
         if not scale_queries:
             s.mul_(scale)
-        unseen = _mask(s, chosen, shift, first_query[which], future)
+        at = slice(start, start + n)
+        unseen = _mask(s, chosen[part].view(n, length), shift[at], first_query[at], future)
         if need_lse:
             lse[which] = s.float().logsumexp(-1)
         torch.softmax(s, -1, out=s)
@@ -90,7 +90,7 @@ def forward(
             s.masked_fill_(unseen[..., None], 0)
         o = torch.bmm(s, v_part.view(n, width, dim), out=o_part.view(n, size, dim))
         out.index_copy_(0, which, o.view(n, size * dim))
-        start = end
+        start, done = start + n, part.stop
 
     out = out.view(batch, heads, q_blocks * size, dim)[:, :, :n_queries]
     if need_lse:
@@ -104,17 +104,46 @@ def _blocks(x: Float[Tensor, "B H N D"], blocks: int, size: int) -> Float[Tensor
     return torch.nn.functional.pad(x, (0, 0, 0, short)) if short else x.contiguous()
 
 
-def _batch(lengths: list[int], start: int, max_blocks: int) -> tuple[int, int]:
-    """End of the batch that begins at ``start`` (lengths ascend), and its longest list."""
-    shortest = lengths[start]
-    limit = shortest + int(shortest * _PADDING)
-    end = start + 1
-    while end < len(lengths) and lengths[end] <= limit and (end + 1 - start) * lengths[end] <= max_blocks:
-        end += 1
-    # An even number keeps two threads equally busy.
-    if end - start > 2 and (end - start) % 2:
-        end -= 1
-    return end, lengths[end - 1]
+def _batches(lengths: list[int], max_blocks: int) -> list[tuple[int, int]]:
+    """Rows of each batch, and its longest list; ``lengths`` ascend, rows without keys are in none."""
+    found = []
+    start = next((i for i, n in enumerate(lengths) if n), len(lengths))
+    while start < len(lengths):
+        limit = lengths[start] + int(lengths[start] * _PADDING)
+        end = start + 1
+        while end < len(lengths) and lengths[end] <= limit and (end + 1 - start) * lengths[end] <= max_blocks:
+            end += 1
+        # An even number keeps two threads equally busy.
+        if end - start > 2 and (end - start) % 2:
+            end -= 1
+        found.append((end - start, lengths[end - 1]))
+        start = end
+    return found
+
+
+def _widths(batches: list[tuple[int, int]]) -> Int[Tensor, " rows"]:
+    """For each row of all batches the length of its batch's longest list."""
+    sizes = torch.tensor(batches, dtype=torch.long).view(-1, 2)
+    widths: Tensor = sizes[:, 1].repeat_interleave(sizes[:, 0])
+    return widths
+
+
+def _aligned(
+    lists: Int[Tensor, "rows L"],
+    counts: Int[Tensor, " rows"],
+    order: Int[Tensor, " n"],
+    batches: list[tuple[int, int]],
+) -> tuple[Int[Tensor, " entries"], Int[Tensor, " n"]]:
+    """The lists of all batches one after the other, as long as their batch's longest, and what that adds.
+
+    They are aligned to the right, so that the diagonal is the last block in every row.
+    """
+    width = _widths(batches)
+    shift = width - counts[order]
+    row = torch.arange(order.numel()).repeat_interleave(width)
+    begin = width.cumsum(0) - width
+    position = torch.arange(row.numel()) - (begin + shift)[row]
+    return lists[order[row], position.clamp_(min=0)].long(), shift
 
 
 def _mask(
