@@ -122,6 +122,7 @@ def blocks_by_priority(
     device = priority.device
     visible = visible_blocks(n_queries, n_keys, block_size, device)
     forced = forced & visible
+    # Python's own numbers: a graph that is being compiled has no others that could steer it.
     ends = (min(end, n_queries) for end in range(block_size, n_queries + block_size, block_size))
     rows = [(n_keys - n_queries + end - 1) // block_size + 1 for end in ends]
     wanted = torch.tensor(blocks_per_row(budget, rows))

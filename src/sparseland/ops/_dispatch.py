@@ -98,6 +98,11 @@ def choose(
     raise SparselandError(f"{op}: no backend can run this input ({'; '.join(reasons)})")
 
 
+def module_of(backends: tuple[Backend, ...], name: str) -> Any:
+    """The module of the backend of this name, which is all that a registered operator is told."""
+    return next(b for b in backends if b.name == name).load()
+
+
 def _triton_version() -> str | None:
     try:
         return importlib.metadata.version("triton")

@@ -55,8 +55,10 @@ def forward(
     head = order // q_blocks
     kv_base = ((head // heads) * kv_heads + (head % heads) // (heads // kv_heads)) * k_blocks
     lists = indices.expand(batch, heads, q_blocks, indices.shape[-1]).reshape(rows, -1)
-    chosen, shift = _aligned(lists, counts, order, batches)
-    flat = chosen + kv_base.repeat_interleave(_widths(batches))
+    sizes = torch.tensor(batches, dtype=torch.long).view(-1, 2)
+    widths = sizes[:, 1].repeat_interleave(sizes[:, 0])
+    chosen, shift = _aligned(lists, counts, order, widths)
+    flat = chosen + kv_base.repeat_interleave(widths)
     first_query = (order % q_blocks) * size + offset
 
     scores = q.new_empty(capacity)
@@ -68,7 +70,8 @@ def forward(
     start = done = 0
     for n, length in batches:
         width = length * size
-        which = order[start : start + n]
+        at = slice(start, start + n)
+        which = order[at]
         part = slice(done, done + n * length)
         q_part, k_part, v_part, o_part = (buffer[: n * m * dim] for buffer, m in
                                           zip(gathered, (size, width, width, size), strict=True))  # fmt: skip
@@ -81,7 +84,6 @@ def forward(
         torch.bmm(q_part.view(n, size, dim), k_part.view(n, width, dim).transpose(1, 2), out=s)
         if not scale_queries:
             s.mul_(scale)
-        at = slice(start, start + n)
         unseen = _mask(s, chosen[part].view(n, length), shift[at], first_query[at], future)
         if need_lse:
             lse[which] = s.float().logsumexp(-1)
@@ -90,7 +92,7 @@ def forward(
             s.masked_fill_(unseen[..., None], 0)
         o = torch.bmm(s, v_part.view(n, width, dim), out=o_part.view(n, size, dim))
         out.index_copy_(0, which, o.view(n, size * dim))
-        start, done = start + n, part.stop
+        start, done = at.stop, part.stop
 
     out = out.view(batch, heads, q_blocks * size, dim)[:, :, :n_queries]
     if need_lse:
@@ -121,27 +123,19 @@ def _batches(lengths: list[int], max_blocks: int) -> list[tuple[int, int]]:
     return found
 
 
-def _widths(batches: list[tuple[int, int]]) -> Int[Tensor, " rows"]:
-    """For each row of all batches the length of its batch's longest list."""
-    sizes = torch.tensor(batches, dtype=torch.long).view(-1, 2)
-    widths: Tensor = sizes[:, 1].repeat_interleave(sizes[:, 0])
-    return widths
-
-
 def _aligned(
     lists: Int[Tensor, "rows L"],
     counts: Int[Tensor, " rows"],
     order: Int[Tensor, " n"],
-    batches: list[tuple[int, int]],
+    widths: Int[Tensor, " n"],
 ) -> tuple[Int[Tensor, " entries"], Int[Tensor, " n"]]:
-    """The lists of all batches one after the other, as long as their batch's longest, and what that adds.
+    """The lists in this order one after the other, as long as ``widths`` says, and what that adds to each.
 
     They are aligned to the right, so that the diagonal is the last block in every row.
     """
-    width = _widths(batches)
-    shift = width - counts[order]
-    row = torch.arange(order.numel()).repeat_interleave(width)
-    begin = width.cumsum(0) - width
+    shift = widths - counts[order]
+    row = torch.arange(order.numel()).repeat_interleave(widths)
+    begin = widths.cumsum(0) - widths
     position = torch.arange(row.numel()) - (begin + shift)[row]
     return lists[order[row], position.clamp_(min=0)].long(), shift
 

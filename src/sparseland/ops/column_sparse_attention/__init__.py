@@ -25,6 +25,7 @@ from sparseland.ops._dispatch import (
     check_attention_shapes,
     choose,
     interpreting,
+    module_of,
     on_cpu,
     why_no_triton,
     why_not_float,
@@ -247,7 +248,7 @@ def _block_column_attention(
     if q.numel() == 0 or not block_indices.shape[3] + column_indices.shape[3]:
         # No pair at all: kernels need not know this case.
         return q.new_zeros(q.shape), q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
-    module = next(b for b in UNION_BACKENDS if b.name == backend).load()
+    module = module_of(UNION_BACKENDS, backend)
     out, lse = module.block_column_attention(
         q, k, v, block_size, column_size, block_counts, block_indices, column_counts, column_indices, scale
     )

@@ -125,6 +125,8 @@ def _forward_kernel(
     first = m0 + Nk - Nq
     position = first + tl.arange(0, BM)
     if ONTO:
+        # The same addresses as at the end, made anew there: kept in between they cost registers, and with
+        # them a third of the programs that are alive together.
         i_row = (i_b * H + i_h) * Nq + m0
         p_out = out + i_row * D + tl.arange(0, BM)[:, None] * D + i_d[None, :]
         inside = (i_m < Nq)[:, None] & (i_d < D)[None, :]

@@ -28,6 +28,7 @@ from sparseland.ops._dispatch import (
     choose,
     interpreting,
     loaded,
+    module_of,
     on_cpu,
     why_no_triton,
 )
@@ -147,7 +148,7 @@ def _per_key(name: str, x: Tensor, shape: torch.Size, device: torch.device) -> T
 def _interval_attention(
     q: Tensor, k: Tensor, v: Tensor, ends: Tensor, bias: Tensor, most: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    module = next(b for b in BACKENDS if b.name == backend).load()
+    module = module_of(BACKENDS, backend)
     out, lse = module.interval_attention(q, k, v, ends, bias, most, scale)
     return out, lse
 

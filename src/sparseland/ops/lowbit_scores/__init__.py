@@ -30,6 +30,7 @@ from sparseland.ops._dispatch import (
     choose,
     interpreting,
     loaded,
+    module_of,
     on_cpu,
     why_no_gluon,
     why_no_triton,
@@ -134,7 +135,7 @@ def tile_blocks(words: Int[Tensor, "B H Mq W"], n_queries: int, n_keys: int) -> 
 
 @torch.library.custom_op("sparseland::lowbit_tiles", mutates_args=())
 def _lowbit_tiles(q: Tensor, k: Tensor, tau: Tensor, scale: float, backend: str) -> Tensor:
-    module = next(b for b in BACKENDS if b.name == backend).load()
+    module = module_of(BACKENDS, backend)
     words: Tensor = module.tile_bits(q, k, tau, scale)
     return words
 

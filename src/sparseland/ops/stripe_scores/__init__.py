@@ -26,6 +26,7 @@ from sparseland.ops._dispatch import (
     check_attention_shapes,
     choose,
     interpreting,
+    module_of,
     on_cpu,
     why_no_triton,
 )
@@ -148,7 +149,7 @@ def _check(op: str, q: Tensor, k: Tensor, block_size: int, step: int, scale: flo
 
 @torch.library.custom_op("sparseland::row_anchors", mutates_args=())
 def _anchors(q: Tensor, k: Tensor, block_size: int, step: int, scale: float, backend: str) -> Tensor:
-    module = next(b for b in BACKENDS if b.name == backend).load()
+    module = module_of(BACKENDS, backend)
     anchors: Tensor = module.anchors(q, k, block_size, step, scale)
     return anchors
 
@@ -170,7 +171,7 @@ def _stripes(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    module = next(b for b in BACKENDS if b.name == backend).load()
+    module = module_of(BACKENDS, backend)
     counts, indices = module.stripes(q, k, anchors, block_size, step, theta, limit, scale)
     return counts, indices
 

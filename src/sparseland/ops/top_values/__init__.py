@@ -6,14 +6,12 @@ by its bits (radix selection), and then what lies above it. Nothing synchronises
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparseland.errors import SparselandError
-from sparseland.ops._dispatch import LONGEST_SIDE, Backend, choose, on_cpu, why_no_triton
+from sparseland.ops._dispatch import LONGEST_SIDE, Backend, choose, module_of, on_cpu, why_no_triton
 
 __all__ = ["covering", "top_indices", "top_mask"]
 
@@ -142,10 +140,6 @@ def _as_operator(backend: Backend) -> bool:
     return backend.name == "triton" or torch.compiler.is_compiling()
 
 
-def _module(backend: str) -> Any:
-    return next(b for b in BACKENDS if b.name == backend).load()
-
-
 def _check(op: str, x: Tensor) -> None:
     if x.dim() < 1 or x.dtype != torch.float32:
         raise SparselandError(f"{op}: rows of float32 numbers are needed, got {x.dtype} {list(x.shape)}")
@@ -155,7 +149,7 @@ def _check(op: str, x: Tensor) -> None:
 
 @torch.library.custom_op("sparseland::top_mask", mutates_args=())
 def _top_mask(values: Tensor, count: Tensor, forced: int, backend: str) -> Tensor:
-    mask: Tensor = _module(backend).top_mask(values, count, forced)
+    mask: Tensor = module_of(BACKENDS, backend).top_mask(values, count, forced)
     return mask
 
 
@@ -166,7 +160,7 @@ def _(values: Tensor, count: Tensor, forced: int, backend: str) -> Tensor:
 
 @torch.library.custom_op("sparseland::top_indices", mutates_args=())
 def _top_indices(values: Tensor, most: int, count: Tensor | None, backend: str) -> Tensor:
-    places: Tensor = _module(backend).top_indices(values, most, count)
+    places: Tensor = module_of(BACKENDS, backend).top_indices(values, most, count)
     return places
 
 
@@ -177,7 +171,7 @@ def _(values: Tensor, most: int, count: Tensor | None, backend: str) -> Tensor:
 
 @torch.library.custom_op("sparseland::covering", mutates_args=())
 def _covering(weights: Tensor, mass: float, active: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    value, taken = _module(backend).covering(weights, mass, active)
+    value, taken = module_of(BACKENDS, backend).covering(weights, mass, active)
     return value, taken
 
 

@@ -32,6 +32,7 @@ from sparseland.ops._dispatch import (
     check_attention_shapes,
     choose,
     interpreting,
+    module_of,
     on_cpu,
     why_no_triton,
     why_not_float,
@@ -150,7 +151,7 @@ def _tree_search(
     shared: bool,
     backend: str,
 ) -> Tensor:
-    module = next(b for b in BACKENDS if b.name == backend).load()
+    module = module_of(BACKENDS, backend)
     starts: Tensor = module.tree_search(q, k, first, blocks, block_q, block_k, keep, stride, shared)
     return starts
 

@@ -25,6 +25,7 @@ from sparseland.ops._dispatch import (
     check_attention_shapes,
     choose,
     interpreting,
+    module_of,
     on_cpu,
     why_no_triton,
 )
@@ -146,7 +147,7 @@ def window_attention(
 def _window_attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: int, window: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    module = next(b for b in BACKENDS if b.name == backend).load()
+    module = module_of(BACKENDS, backend)
     out, lse = module.window_attention(q, k, v, sinks, window, scale)
     return out, lse
 
