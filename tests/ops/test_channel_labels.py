@@ -242,8 +242,8 @@ def test_opcheck() -> None:
     q, k, channels = inputs(CASES["bytes that are not full"])
     for bits in (4, 16):
         rows, ranges = filled(k, channels, bits, "reference")
-        torch.library.opcheck(_write_labels, (k, channels, bits, rows, ranges, 0))
-        torch.library.opcheck(_label_scores, (q, channels, bits, rows, ranges, None, None))
+        torch.library.opcheck(_write_labels.registered, (k, channels, bits, rows, ranges, 0))
+        torch.library.opcheck(_label_scores.registered, (q, channels, bits, rows, ranges, None, None))
 
 
 def test_mistakes_are_named() -> None:

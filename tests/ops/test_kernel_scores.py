@@ -342,9 +342,9 @@ def test_opcheck(backend: str) -> None:
     case = Case(1, 2, 1, 20, 70, 16)
     q, k = inputs(case)
     c = compress_keys(k, 8, 4)
-    torch.library.opcheck(_kernel_scores, (q, c, None, 70, 8, 4, 16, 0.25, backend))
+    torch.library.opcheck(_kernel_scores.registered, (q, c, None, 70, 8, 4, 16, 0.25, backend))
     torch.library.opcheck(
-        _select_blocks, (q, c, coarsen(c, 8, 4), 70, 8, 4, 16, 1, 1, 2, 0, 8, 0.25, backend)
+        _select_blocks.registered, (q, c, coarsen(c, 8, 4), 70, 8, 4, 16, 1, 1, 2, 0, 8, 0.25, backend)
     )
 
 

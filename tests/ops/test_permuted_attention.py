@@ -297,7 +297,7 @@ def test_opcheck(backend: str) -> None:
     q, k, v, pattern = inputs(Case(1, 2, 1, 20, 36, 16, 16))
     lists = (pattern.q_index, pattern.k_index, pattern.counts, pattern.indices)
     heads = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    torch.library.opcheck(_forward, (q, k, v, *lists, heads, 16, 0, 0, 0.25, backend))
+    torch.library.opcheck(_forward.registered, (q, k, v, *lists, heads, 16, 0, 0, 0.25, backend))
 
 
 def test_refusals() -> None:

@@ -49,4 +49,4 @@ def test_errors() -> None:
 def test_opcheck() -> None:
     # What lies before the first answer is undefined, so every prefix here has one but the empty one.
     values = orders(20)
-    torch.library.opcheck(_nth_of_prefixes, (values, 0))
+    torch.library.opcheck(_nth_of_prefixes.registered, (values, 0))

@@ -273,11 +273,11 @@ def test_transposed_lists() -> None:
 def test_opcheck(backend: str) -> None:
     q, k, v, pattern = inputs(Case(1, 2, 1, 1, 20, 52, 16, 16, 1, 8))
     lists = (pattern.counts, pattern.indices, pattern.members, 16, 1, 8, 0.25)
-    torch.library.opcheck(_forward, (q, k, v, *lists, True, backend))
+    torch.library.opcheck(_forward.registered, (q, k, v, *lists, True, backend))
     with torch.no_grad():
         out, lse = _forward(q, k, v, *lists, True, backend)
         detached = [t.detach() for t in (out, torch.zeros_like(lse), q, k, v, out, lse)]
-    torch.library.opcheck(_backward, (*detached, *lists, backend))
+    torch.library.opcheck(_backward.registered, (*detached, *lists, backend))
 
 
 def test_compiles_into_one_graph() -> None:

@@ -12,7 +12,7 @@ from sparseland.ops.top_values import covering, listing, top_indices, top_mask
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAST = ["triton", "torch"] if DEVICE == "cuda" else ["cpu", "triton", "torch"]
 # One value; few; several tiles of a program (sums), or what no longer fits into one (numbers, from 16385).
-LENGTHS = [1, 7, 300, 4600]
+LENGTHS = [1, 7, 300, 9000]
 LONG = [1, 7, 300, 16_500]
 
 
@@ -117,17 +117,22 @@ def test_a_misleading_sample_only_costs_time() -> None:
         )
 
 
-@pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("n", LENGTHS)
-def test_covering(n: int, backend: str) -> None:
+def weights(n: int) -> Tensor:
+    """Six rows: many small ones, ties, half zeros, and (from 7 weights on) NaN and infinity."""
     g = torch.Generator().manual_seed(n)
     x = torch.rand(2, 3, n, generator=g) ** 8
     x[x < 1e-6] = 0
-    x[0, 1] = 0.25  # ties
+    x[0, 1] = 0.25
     x[1, 0, n // 2 :] = 0
     if n >= 7:
         x[1, 2, 3], x[1, 1, 2] = torch.nan, torch.inf
-    x = x.to(DEVICE)
+    return x.to(DEVICE)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("n", LENGTHS)
+def test_covering(n: int, backend: str) -> None:
+    x = weights(n)
     active = torch.tensor([[False, True, True], [True, True, True]], device=DEVICE)
     for mass in (0.0, 0.05 * n, torch.inf):
         value, taken = covering(x, mass, active, backend=backend)
@@ -135,6 +140,18 @@ def test_covering(n: int, backend: str) -> None:
         assert torch.equal(value, wanted_value)
         assert torch.equal(taken, wanted)
         assert value[0, 0] == taken[0, 0] == 0  # not active
+
+
+@pytest.mark.parametrize("n", [1, 300, 9000])
+def test_many_programs_cover_a_row_as_one_does(n: int) -> None:
+    from sparseland.ops.top_values import triton
+
+    x = weights(n)
+    active = torch.tensor([[False, True, True], [True, True, True]], device=DEVICE)
+    for mass in (0.0, 0.05 * n, 2.0**21):
+        many = triton.covering(x, mass, active, alone=0)
+        for a, b in zip(many, triton.covering(x, mass, active), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -146,7 +146,8 @@ class FlexPrefill(PrefillMethod):
             budget = torch.where(sums.sum(-1).isfinite(), budget, columns)
         # The first keys, and each query's own neighbourhood, come before all others.
         vertical, slash = top_mask(sums, budget, forced=1)
-        slash[..., 1 : 1 + self.neighbours] = True
+        if self.neighbours:
+            slash[..., 1 : 1 + self.neighbours] = True
         bands = block_bands(slash, x.offset % size)
         awareness = self._query_aware(x, keys, trusted)
 
@@ -198,7 +199,7 @@ class QueryAware:
             weights = self._map(some) if self.map is None else self.map
             # In a head with a NaN, or that never reaches the mass, the threshold is 0: all blocks.
             thresholds.append(covering(weights.flatten(-2), mass, trusted[:, some])[0])
-        self.threshold = torch.cat(thresholds, 1)
+        self.threshold = thresholds[0] if len(thresholds) == 1 else torch.cat(thresholds, 1)
 
     def _map(self, heads: slice) -> Float[Tensor, "B h Mq Mk"]:
         own = slice(heads.start // self.x.group, cdiv(heads.stop, self.x.group))

@@ -13,6 +13,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,20 +33,24 @@ class _OnInputDevice:
         self._module = module
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
+        module = self._module
+        value = getattr(module, name)
         if not callable(value) or isinstance(value, type):
             return value
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            function = getattr(module, name)
             first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
             if first is None or not first.is_cuda or first.device.index == torch.cuda.current_device():
-                return value(*args, **kwargs)
+                return function(*args, **kwargs)
             with torch.cuda.device(first.device):
-                return value(*args, **kwargs)
+                return function(*args, **kwargs)
 
+        setattr(self, name, run)  # found at once from now on
         return run
 
 
+@cache
 def loaded(module: str) -> Any:
     """A backend's module, imported now, its functions running on the device of their inputs."""
     return _OnInputDevice(importlib.import_module(module))

@@ -14,6 +14,15 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``, which is 1 or more.
+
+    Triton's functions for this and :func:`cdiv` can be called in kernels, too; from Python each call takes
+    5 microseconds.
+    """
+    return 1 << (n - 1).bit_length()
+
+
 def causal_pairs(n_queries: int, n_keys: int) -> int:
     """Pairs that dense causal attention computes for the last ``n_queries`` of ``n_keys`` tokens."""
     return n_queries * (n_keys - n_queries) + n_queries * (n_queries + 1) // 2

@@ -24,6 +24,15 @@ def _lists(
     return counts.expand(*mask.shape[:2], -1), indices.expand(*mask.shape[:2], -1, -1)
 
 
+def _list_pairs(
+    counts: Int[Tensor, "B H Mq"], indices: Int[Tensor, "B H Mq L"], of: Pattern, block_size: int, unit: int
+) -> Int[Tensor, "B H"]:
+    """Causal pairs of lists whose entries stand for ``unit`` keys."""
+    from sparseland.ops.block_lists import list_pairs
+
+    return list_pairs(counts, indices, of.n_queries, of.n_keys, block_size, unit)
+
+
 @dataclass(frozen=True)
 class BlockPattern(Pattern):
     """Per batch row, query head and query block: a list of key blocks.
@@ -65,6 +74,9 @@ class BlockPattern(Pattern):
         if not indices.shape[-1]:
             return torch.zeros(self.counts.shape[:2], dtype=torch.int64, device=counts.device)
         size = self.block_size
+        if counts.is_cuda:
+            # Reading all lists is one launch, looking at their ends alone a dozen.
+            return _list_pairs(counts, indices, self, size, size).expand(self.counts.shape[:2])
         start = torch.arange(counts.shape[-1], device=counts.device)[:, None] * size + self.offset
         end = (start + size).clamp(max=self.n_keys)
         # Blocks ascend and none is wholly in the future, so at most the last two are cut by the diagonal (or
@@ -120,11 +132,8 @@ class ColumnPattern(Pattern):
         return list_mask(self.counts, self.indices, self.n_keys)
 
     def pairs(self) -> Int[Tensor, "B H"]:
-        from sparseland.ops.block_lists import list_pairs
-
         counts, indices = unexpanded(self.counts, self.indices)
-        pairs = list_pairs(counts, indices, self.n_queries, self.n_keys, self.block_size, 1)
-        return pairs.expand(self.counts.shape[:2])
+        return _list_pairs(counts, indices, self, self.block_size, 1).expand(self.counts.shape[:2])
 
     def mask(self) -> Bool[Tensor, "B H Nq Nk"]:
         tall = self.column_mask().repeat_interleave(self.block_size, -2)[..., : self.n_queries, :]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.ops._dispatch import Backend, choose, on_cpu, why_no_triton
+from sparseland.ops._operator import operator
 from sparseland.ops.bitmap_cache.layout import MAX_DIM, Bitmap
 
 __all__ = ["Bitmap", "bitmap_decode", "compress", "decompress"]
@@ -36,7 +37,7 @@ BACKENDS = (
 )
 
 
-@torch.library.custom_op("sparseland::bitmap_compress", mutates_args=())
+@operator("sparseland::bitmap_compress")
 def _compress(x: Tensor, kept: int, backend: str) -> tuple[Tensor, Tensor]:
     chosen = choose("bitmap_cache", BACKENDS, backend or None, x, x)
     if not x.numel():
@@ -52,7 +53,7 @@ def _(x: Tensor, kept: int, backend: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(*lead, -(-x.shape[3] // 64), dtype=torch.int64), x.new_empty(*lead, kept)
 
 
-@torch.library.custom_op("sparseland::bitmap_decompress", mutates_args=())
+@operator("sparseland::bitmap_decompress")
 def _decompress(bits: Tensor, values: Tensor, head_dim: int, backend: str) -> Tensor:
     chosen = choose("bitmap_cache", BACKENDS, backend or None, values, bits, values)
     if not values.numel():
@@ -65,7 +66,7 @@ def _(bits: Tensor, values: Tensor, head_dim: int, backend: str) -> Tensor:
     return values.new_empty(*values.shape[:3], head_dim)
 
 
-@torch.library.custom_op("sparseland::bitmap_decode", mutates_args=())
+@operator("sparseland::bitmap_decode")
 def _bitmap_decode(
     q: Tensor,
     k_bitmap: Tensor,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparseland.ops.bitmap_cache.layout import as_bytes
 from sparseland.ops.gather_decode.triton import LOG2E, merge_slices, n_multiprocessors, split
+from sparseland.patterns import cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -195,10 +196,10 @@ def compress(x: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     bits = torch.empty(batch, heads, length, -(-dim // 64), dtype=torch.int64, device=x.device)
     values = torch.empty(batch, heads, length, kept, dtype=x.dtype, device=x.device)
     rows, block = batch * heads * length, 16
-    _compress_rows[(triton.cdiv(rows, block),)](
+    _compress_rows[(cdiv(rows, block),)](
         x, as_bytes(bits), values, rows, length, heads, *x.stride()[:3],
         KEPT=kept, D=dim, NB=8 * bits.shape[3], MAGNITUDE_BITS=31 if x.dtype == torch.float32 else 15,
-        BR=block, BD=max(64, triton.next_power_of_2(dim)), num_warps=4,
+        BR=block, BD=max(64, next_power_of_2(dim)), num_warps=4,
     )  # fmt: skip
     return bits, values
 
@@ -209,9 +210,9 @@ def decompress(bits: Tensor, values: Tensor, dim: int) -> Tensor:
     out = torch.empty(batch, heads, length, dim, dtype=values.dtype, device=values.device)
     packed = as_bytes(bits)
     rows, block = batch * heads * length, 64
-    _expand_rows[(triton.cdiv(rows, block),)](
+    _expand_rows[(cdiv(rows, block),)](
         packed, values, out, rows, length, heads, *packed.stride()[:3], *values.stride()[:3],
-        D=dim, BR=block, BB=max(2, triton.next_power_of_2(dim // 8)), num_warps=4,
+        D=dim, BR=block, BB=max(2, next_power_of_2(dim // 8)), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -244,7 +245,7 @@ def bitmap_decode(
         q.stride(0), q.stride(1), *k_bytes.stride()[:3], *k_values.stride()[:3],
         *v_bytes.stride()[:3], *v_values.stride()[:3],
         kv_heads, ROWS=rows, D=dim, HAS_FIRST=first_key is not None,
-        BM=max(16, triton.next_power_of_2(rows)), BN=tiles.rows, BB=max(2, triton.next_power_of_2(dim // 8)),
+        BM=max(16, next_power_of_2(rows)), BN=tiles.rows, BB=max(2, next_power_of_2(dim // 8)),
         num_warps=tiles.warps, num_stages=1,
     )  # fmt: skip
     return merge_slices(partial, partial_lse, q)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.ops._dispatch import Backend, choose, on_cpu, why_no_triton, why_not_float
+from sparseland.ops._operator import operator
 from sparseland.patterns import BlockPattern, cdiv
 
 __all__ = ["select_blocks", "unrotated_pool"]
@@ -91,7 +92,7 @@ def unrotated_pool(
     return result
 
 
-@torch.library.custom_op("sparseland::unrotated_pool", mutates_args=())
+@operator("sparseland::unrotated_pool")
 def _pool(x: Tensor, cos: Tensor, sin: Tensor, block_size: int, extremes: bool, backend: str) -> Tensor:
     chosen = choose("unrotated_pool", _POOL, backend, x, block_size)
     if x.numel() == 0:
@@ -159,7 +160,7 @@ def select_blocks(
     return BlockPattern(n_queries, n_keys, block_size, counts, indices)
 
 
-@torch.library.custom_op("sparseland::select_blocks", mutates_args=())
+@operator("sparseland::select_blocks")
 def _select(
     queries: Tensor,
     keys: Tensor,

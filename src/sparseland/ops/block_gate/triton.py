@@ -12,6 +12,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparseland.patterns import cdiv, next_power_of_2
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -74,10 +76,10 @@ def pool(
     """Blocks of 16, 32, 64 or 128 tokens: each program turns and pools one block of one head."""
     x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
     B, H, N, D = x.shape
-    M, half = triton.cdiv(N, block_size), cos.shape[1]
+    M, half = cdiv(N, block_size), cos.shape[1]
     out = torch.empty(B, H, M, 3 * D if extremes else D, dtype=torch.float32, device=x.device)
     rest = D - 2 * half
-    BH, BP = (triton.next_power_of_2(n) if n else 0 for n in (half, rest))
+    BH, BP = (next_power_of_2(n) if n else 0 for n in (half, rest))
     # A program holds four tiles at once: two halves of the channels, cosine and sine.
     warps = 4 if block_size * max(BH, BP) <= 2048 else 8
     _pool_kernel[(M, B * H)](
@@ -172,7 +174,7 @@ def write_lists(
     """Lists of the query blocks ``first, first + 1, …`` of ``rows``, from their scores."""
     scores = scores if scores.stride(-1) == 1 else scores.contiguous()
     B, H, m, columns = scores.shape
-    BN = max(16, triton.next_power_of_2(columns))
+    BN = max(16, next_power_of_2(columns))
     _list_kernel[(m, B * H)](
         scores, counts, indices, *scores.stride()[:3], *counts.stride(), *indices.stride()[:3],
         H, first, rows, columns, n_queries, n_keys, indices.shape[-1], threshold, top, dense_rows,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.ops._dispatch import Backend, choose, on_cpu, why_no_triton
+from sparseland.ops._operator import operator
 from sparseland.ops.block_lists import fast, reference
 
 __all__ = ["block_lists", "column_lists", "list_pairs"]
@@ -169,7 +170,7 @@ def _heads_of(*tensors: Tensor | None) -> tuple[int, int]:
     return max(t.shape[0] for t in given), max(t.shape[1] for t in given)
 
 
-@torch.library.custom_op("sparseland::block_lists", mutates_args=())
+@operator("sparseland::block_lists")
 def _block_lists(
     mask: Tensor | None,
     weights: Tensor | None,
@@ -209,7 +210,7 @@ def _(
     return some.new_empty(shape, dtype=torch.int32), some.new_empty((*shape, length), dtype=torch.int32)
 
 
-@torch.library.custom_op("sparseland::column_lists", mutates_args=())
+@operator("sparseland::column_lists")
 def _column_lists(
     positions: Tensor,
     counts: Tensor,
@@ -240,7 +241,7 @@ def _(
     return positions.new_empty(shape, dtype=torch.int32), lists
 
 
-@torch.library.custom_op("sparseland::list_pairs", mutates_args=())
+@operator("sparseland::list_pairs")
 def _list_pairs(
     counts: Tensor, indices: Tensor, n_queries: int, n_keys: int, block_size: int, unit: int
 ) -> Tensor:

@@ -8,6 +8,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sparseland.patterns import cdiv, next_power_of_2
+
 # Sizes that change from call to call: compiling again where one happens to divide by 16 would gain nothing.
 _UNSPECIALIZED = (
     "stride_mb", "stride_mh", "stride_mr", "stride_mc", "stride_wb", "stride_wh", "stride_wr",
@@ -171,20 +173,20 @@ def block_lists(
 ) -> tuple[Int[Tensor, "B H Mq"], Int[Tensor, "B H Mq L"]]:
     """Counts and lists of static length; only what is listed is written."""
     device = next(t for t in (mask, weights, bands, columns) if t is not None).device
-    rows = triton.cdiv(n_queries, block_size)
+    rows = cdiv(n_queries, block_size)
     counts = torch.empty(B, H, rows, dtype=torch.int32, device=device)
     indices = torch.empty(B, H, rows, length, dtype=torch.int32, device=device)
     mask, active, bands, columns = (_bytes(t) for t in (mask, active, bands, columns))
     weights, bands, columns = (_last_dense(t) for t in (weights, bands, columns))
-    entries = triton.cdiv(n_keys, unit)
+    entries = cdiv(n_keys, unit)
     if rows == 1 and entries > _LONG and mask is not None and weights is bands is columns is None:
         strides = _strides(mask, 4)
-        _one_list[(triton.cdiv(entries, _LONG), B * H)](
+        _one_list[(cdiv(entries, _LONG), B * H)](
             mask, counts, indices, strides[0], strides[1], strides[3], H, entries, length,
             BC=_LONG, num_warps=8,
         )  # fmt: skip
         return counts, indices
-    BC = min(1024, max(16, triton.next_power_of_2(entries)))
+    BC = min(1024, max(16, next_power_of_2(entries)))
     if counts.numel():
         _block_lists[(rows, B * H)](
             mask, weights, threshold, active, bands, columns, counts, indices,
@@ -210,12 +212,12 @@ def column_lists(
     block_size: int,
 ) -> tuple[Int[Tensor, "B H Mq"], Int[Tensor, "B H Mq L"]]:
     """Counts and lists as long as a head's columns; only what is listed is written."""
-    rows, longest = triton.cdiv(n_queries, block_size), positions.shape[-1]
+    rows, longest = cdiv(n_queries, block_size), positions.shape[-1]
     counts = torch.empty(B, H, rows, dtype=torch.int32, device=positions.device)
     indices = torch.empty(B, H, rows, longest, dtype=torch.int32, device=positions.device)
     mask, bands = _bytes(mask), _last_dense(_bytes(bands))
     positions = _last_dense(positions.to(torch.int32))
-    BC = min(1024, max(16, triton.next_power_of_2(longest)))
+    BC = min(1024, max(16, next_power_of_2(longest)))
     if counts.numel():
         _column_lists[(rows, B * H)](
             positions, numbers, mask, bands, counts, indices,

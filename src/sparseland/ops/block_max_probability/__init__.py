@@ -24,6 +24,7 @@ from sparseland.ops._dispatch import (
     why_no_triton,
     why_not_float,
 )
+from sparseland.ops._operator import operator
 from sparseland.patterns import cdiv
 
 __all__ = ["block_max_probability"]
@@ -92,7 +93,7 @@ def block_max_probability(
 
 
 # The backend is chosen inside the operator, so torch.compile sees one opaque call.
-@torch.library.custom_op("sparseland::block_max_probability", mutates_args=())
+@operator("sparseland::block_max_probability")
 def _forward(q: Tensor, k: Tensor, block_size: int, scale: float, per_query: bool, backend: str) -> Tensor:
     chosen = choose(_OP, BACKENDS, backend, q, block_size)
     if q.numel() == 0:

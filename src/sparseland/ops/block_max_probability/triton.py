@@ -12,6 +12,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from sparseland.patterns import cdiv, next_power_of_2
+
 _LOG2E = 1.4426950408889634
 
 
@@ -81,11 +83,11 @@ def forward(
     """Blocks of 16, 32, 64 or 128 tokens."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     B, Hq, Nq, D = q.shape
-    Nk, tiles = k.shape[2], triton.cdiv(Nq, block_size)
-    M, Mk = Nq if per_query else tiles, triton.cdiv(Nk, block_size)
+    Nk, tiles = k.shape[2], cdiv(Nq, block_size)
+    M, Mk = Nq if per_query else tiles, cdiv(Nk, block_size)
     # Zeros: programs do not write what lies in their future.
     out = torch.zeros(B, Hq, M, Mk, dtype=torch.float32, device=q.device)
-    BD = max(16, triton.next_power_of_2(D))
+    BD = max(16, next_power_of_2(D))
     # float32 products use no tensor cores: smaller tiles, or registers spill.
     widest = 32 if q.dtype == torch.float32 or BD > 128 else 64
     _kernel[(tiles, B * Hq)](

@@ -25,6 +25,7 @@ from sparseland.ops._dispatch import (
     on_cpu,
     why_no_triton,
 )
+from sparseland.ops._operator import operator
 from sparseland.ops.block_scores import fast, reference
 
 _HERE = "sparseland.ops.block_scores"
@@ -324,7 +325,7 @@ def probe_distance(
     return fast.probe_distance(q, k, true, n_probe, scale)
 
 
-@torch.library.custom_op("sparseland::mean_pool", mutates_args=())
+@operator("sparseland::mean_pool")
 def _mean_pool(x: Tensor, block_size: int, active: Tensor | None) -> Tensor:
     result: Tensor = _TRITON.load().mean_pool(x, block_size, active)
     return result
@@ -336,7 +337,7 @@ def _(x: Tensor, block_size: int, active: Tensor | None) -> Tensor:
     return x.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("sparseland::pooled_map", mutates_args=())
+@operator("sparseland::pooled_map")
 def _pooled_map(
     q: Tensor,
     k: Tensor,
@@ -365,7 +366,7 @@ def _(
     return q.new_empty((*q.shape[:3], k.shape[2]), dtype=torch.float32)
 
 
-@torch.library.custom_op("sparseland::probe_sums", mutates_args=())
+@operator("sparseland::probe_sums")
 def _probe_sums(q: Tensor, k: Tensor, n_probe: int, block_size: int, scale: float) -> tuple[Tensor, Tensor]:
     tokens, blocks = _TRITON.load().probe_sums(q, k, n_probe, block_size, scale)
     return tokens, blocks
@@ -378,7 +379,7 @@ def _(q: Tensor, k: Tensor, n_probe: int, block_size: int, scale: float) -> tupl
     return tokens, q.new_empty((*shape, -(-k.shape[2] // block_size)), dtype=torch.float32)
 
 
-@torch.library.custom_op("sparseland::probe_distance", mutates_args=())
+@operator("sparseland::probe_distance")
 def _probe_distance(q: Tensor, k: Tensor, true: Tensor, n_probe: int, scale: float) -> Tensor:
     result: Tensor = _TRITON.load().probe_distance(q, k, true, n_probe, scale)
     return result

@@ -18,6 +18,8 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sparseland.patterns import cdiv, next_power_of_2
+
 _LOG2E = 1.4426950408889634
 _CHUNKS = 64  # parts of the keys whose log-sum-exps are found apart
 _PART = 64  # probe rows of one program of the sums
@@ -304,21 +306,21 @@ def probe_sums(
     q, k = _last_dense(q), _last_dense(k)
     B, Hq, n_queries, D = q.shape
     n_keys, n_probe = k.shape[2], min(n_probe, n_queries)
-    BL = max(16, triton.next_power_of_2(n_probe))
-    BD = max(16, triton.next_power_of_2(D))
+    BL = max(16, next_power_of_2(n_probe))
+    BD = max(16, next_power_of_2(D))
     strides = (*q.stride()[:3], *k.stride()[:3])
     sizes = (Hq, k.shape[1], n_queries, n_keys, n_probe, D)
     # Softmax and skew are dear in wide tiles: the probe goes by in parts.
     part = min(BL, _PART)
-    parts, tiles = BL // part, triton.cdiv(n_keys, part)
+    parts, tiles = BL // part, cdiv(n_keys, part)
     # Enough programs for a large GPU, few enough that their partial sums stay small.
-    chunk = part * triton.cdiv(tiles, _CHUNKS)
-    chunks = triton.cdiv(n_keys, chunk)
+    chunk = part * cdiv(tiles, _CHUNKS)
+    chunks = cdiv(n_keys, chunk)
     number = {"dtype": torch.float32, "device": q.device}
     partial = torch.empty(B * Hq, chunks, BL, **number)
     lse = torch.empty(B * Hq, BL, **number)
     tokens = torch.empty(2, B, Hq, n_keys, **number)
-    blocks = torch.empty(2, B, Hq, triton.cdiv(n_keys, block_size), **number)
+    blocks = torch.empty(2, B, Hq, cdiv(n_keys, block_size), **number)
     vertical = torch.empty(parts, B * Hq, n_keys, **number)
     low, high = torch.empty(2, parts, B * Hq, tiles * part, **number)
     options = {"BL": part, "BD": BD, "num_warps": 4 if part * BD <= 64 * 64 else 8, "num_stages": 2}
@@ -329,7 +331,7 @@ def probe_sums(
     )
     _gather_sums[(blocks.shape[3], B * Hq)](
         vertical, low, high, tokens, blocks, B * Hq, n_keys, n_probe, blocks.shape[3], tiles * part,
-        block_size, PARTS=parts, BL=part, BS=triton.next_power_of_2(block_size),
+        block_size, PARTS=parts, BL=part, BS=next_power_of_2(block_size),
         num_warps=1 if block_size <= 256 else 4,
     )  # fmt: skip
     return tokens, blocks
@@ -341,12 +343,12 @@ def mean_pool(
     """Sums in float32; nothing is read or written for heads that are not active."""
     x = _last_dense(x)
     B, H, N, D = x.shape
-    out = torch.empty(B, H, triton.cdiv(N, block_size), D, dtype=torch.float32, device=x.device)
+    out = torch.empty(B, H, cdiv(N, block_size), D, dtype=torch.float32, device=x.device)
     active = None if active is None else active.contiguous().view(torch.int8)
     if out.numel():
         _mean_pool[(out.shape[2], B * H)](
             x, out, active, *x.stride()[:3], H, N, D, block_size, HAS_ACTIVE=active is not None,
-            BS=triton.next_power_of_2(block_size), BD=max(16, triton.next_power_of_2(D)), num_warps=4,
+            BS=next_power_of_2(block_size), BD=max(16, next_power_of_2(D)), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -367,9 +369,9 @@ def pooled_map(
     out = torch.empty(B, Hq, Mq, Mk, dtype=torch.float32, device=q.device)
     q, k = (x if x.stride(2) == D and x.stride(3) == 1 else x.contiguous() for x in (q, k))
     active = None if active is None else active.contiguous().view(torch.int8)
-    BM, BD = 64, max(16, min(32, triton.next_power_of_2(D)))
+    BM, BD = 64, max(16, min(32, next_power_of_2(D)))
     if out.numel():
-        _pooled_map[(triton.cdiv(Mq, BM), B * Hq)](
+        _pooled_map[(cdiv(Mq, BM), B * Hq)](
             q, k, out, active, *q.stride()[:2], *k.stride()[:2], Hq, Hq // k.shape[1], Mq, Mk, D,
             n_queries, n_keys, scale, SIZE=block_size, NORMALISE=normalise, HAS_ACTIVE=active is not None,
             BM=BM, BC=64, BD=BD, num_warps=4, num_stages=2,
@@ -393,8 +395,8 @@ def probe_distance(
     if out.numel():
         _probe_distance[(B * Hq,)](
             q, k, true, out, *q.stride()[:3], *k.stride()[:2], *true.stride()[:2], Hq, Hq // k.shape[1],
-            n_queries, n_probe, k.shape[2], D, scale, BL=max(16, triton.next_power_of_2(n_probe)), BC=64,
-            BD=max(16, triton.next_power_of_2(D)), num_warps=8,
+            n_queries, n_probe, k.shape[2], D, scale, BL=max(16, next_power_of_2(n_probe)), BC=64,
+            BD=max(16, next_power_of_2(D)), num_warps=8,
         )  # fmt: skip
     return out
 

@@ -27,6 +27,7 @@ from sparseland.ops._dispatch import (
     why_no_triton,
     why_not_float,
 )
+from sparseland.ops._operator import operator
 from sparseland.patterns import BlockPattern, cdiv
 
 __all__ = ["block_sparse_attention", "why_not_gluon"]
@@ -213,7 +214,7 @@ def _check_pattern(q: Tensor, k: Tensor, pattern: BlockPattern) -> None:
 # The backend is chosen inside the operators, so torch.compile sees one opaque call.
 
 
-@torch.library.custom_op("sparseland::block_sparse_attention", mutates_args=())
+@operator("sparseland::block_sparse_attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -250,7 +251,7 @@ def _(
     return q.new_empty(q.shape), lse
 
 
-@torch.library.custom_op("sparseland::block_sparse_attention_backward", mutates_args=())
+@operator("sparseland::block_sparse_attention_backward")
 def _backward(
     d_out: Tensor,
     d_lse: Tensor,

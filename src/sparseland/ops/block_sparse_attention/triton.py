@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from sparseland.ops._rows import rows_from
+from sparseland.patterns import next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -202,7 +203,7 @@ def forward(
 
 def padded(D: int) -> int:
     """The head dimension as the tiles have it."""
-    return max(triton.next_power_of_2(D), 16)
+    return max(next_power_of_2(D), 16)
 
 
 def preferred(table: dict[int, tuple[Tile, ...]], q: Tensor) -> tuple[Tile, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.ops._dispatch import Backend, choose, interpreting, on_cpu, why_no_triton, why_not_float
+from sparseland.ops._operator import operator
 from sparseland.ops.channel_labels.layout import BITS, new_labels, row_width
 
 __all__ = ["BITS", "label_scores", "new_labels", "row_width", "write_labels"]
@@ -153,7 +154,7 @@ def _check_cache(
         raise SparselandError(f"{op}: ranges must be float16 {[*rows.shape[:3], 2]}, got {found}")
 
 
-@torch.library.custom_op("sparseland::write_labels", mutates_args=("rows", "ranges"))
+@operator("sparseland::write_labels", mutates=("rows", "ranges"))
 def _write_labels(
     k: Tensor, channels: Tensor, bits: int, rows: Tensor, ranges: Tensor | None, at: int
 ) -> None:
@@ -165,7 +166,7 @@ def _(k: Tensor, channels: Tensor, bits: int, rows: Tensor, ranges: Tensor | Non
     return None
 
 
-@torch.library.custom_op("sparseland::label_scores", mutates_args=())
+@operator("sparseland::label_scores")
 def _label_scores(
     q: Tensor,
     channels: Tensor,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparseland.ops.channel_labels.reference import combined
 from sparseland.ops.gather_decode.triton import n_multiprocessors, split
+from sparseland.patterns import cdiv, next_power_of_2
 
 # Entries of a tile of rows, and programs per multiprocessor that a product is cut into.
 _TILE = 4096
@@ -252,7 +253,7 @@ def write_labels(
     """See :func:`sparseland.ops.channel_labels.write_labels`."""
     (batch, kv_heads, n_new, _), (heads, count) = k.shape, channels.shape
     width, BN, BW = _tile(rows, n_new)
-    _write[(triton.cdiv(n_new, BN), batch * heads)](
+    _write[(cdiv(n_new, BN), batch * heads)](
         k, channels.contiguous(), rows, ranges, n_new, at, *k.stride(), *rows.stride()[:3], *_strides(ranges),
         heads, count, SHARE=heads // kv_heads, W=width, BITS=bits, BN=BN, BW=BW, num_warps=4,
     )  # fmt: skip
@@ -292,7 +293,7 @@ def label_scores(
         "num_warps": 4,
     }  # fmt: skip
     if together:
-        BM = max(16, triton.next_power_of_2(share))
+        BM = max(16, next_power_of_2(share))
         _shared_scores[(n_slices, lists)](*arguments, BM=BM, COMBINE=combine or "none", **known)
     else:
         _scores[(n_slices, lists)](*arguments, **known)
@@ -306,5 +307,5 @@ def _strides(ranges: Tensor | None) -> tuple[int, ...]:
 def _tile(rows: Tensor, n: int, least: int = 1) -> tuple[int, int, int]:
     """Entries of a row, rows of a tile, and entries of a padded row."""
     width = rows.shape[3]
-    BW = max(least, triton.next_power_of_2(width))
-    return width, max(least, min(triton.next_power_of_2(n), _TILE // BW)), BW
+    BW = max(least, next_power_of_2(width))
+    return width, max(least, min(next_power_of_2(n), _TILE // BW)), BW

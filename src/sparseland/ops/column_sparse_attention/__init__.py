@@ -30,6 +30,7 @@ from sparseland.ops._dispatch import (
     why_no_triton,
     why_not_float,
 )
+from sparseland.ops._operator import operator
 from sparseland.ops.block_sparse_attention import why_not_gluon
 from sparseland.ops.column_sparse_attention import reference
 from sparseland.patterns import BlockColumnPattern, BlockPattern, ColumnPattern, cdiv, unexpanded
@@ -231,7 +232,7 @@ def _checked_lists(
     return counts, indices
 
 
-@torch.library.custom_op("sparseland::block_column_attention", mutates_args=())
+@operator("sparseland::block_column_attention")
 def _block_column_attention(
     q: Tensor,
     k: Tensor,
@@ -272,7 +273,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("sparseland::block_column_attention_backward", mutates_args=())
+@operator("sparseland::block_column_attention_backward")
 def _block_column_attention_backward(
     d_out: Tensor,
     d_lse: Tensor,

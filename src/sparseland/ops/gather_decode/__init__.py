@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.ops._dispatch import Backend, check_attention_shapes, choose, on_cpu, why_no_triton
+from sparseland.ops._operator import operator
 
 __all__ = ["dense_decode", "gather_decode"]
 
@@ -43,7 +44,7 @@ BACKENDS = (
 )
 
 
-@torch.library.custom_op("sparseland::gather_decode", mutates_args=())
+@operator("sparseland::gather_decode")
 def _gather_decode(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float, page_size: int, backend: str
 ) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseland.patterns import cdiv, next_power_of_2
+
 LOG2E = math.log2(math.e)
 
 
@@ -53,10 +55,10 @@ def n_multiprocessors(device: torch.device) -> int:
 
 def split(length: int, tile: int, others: int, programs: int) -> tuple[int, int]:
     """Slices of ``length`` for about ``programs`` programs: tokens per slice (whole tiles), and slices."""
-    tiles = triton.cdiv(length, tile)
+    tiles = cdiv(length, tile)
     slices = min(tiles, max(1, round(programs / others)))
-    per_slice = triton.cdiv(tiles, slices)
-    return per_slice * tile, triton.cdiv(tiles, per_slice)
+    per_slice = cdiv(tiles, slices)
+    return per_slice * tile, cdiv(tiles, per_slice)
 
 
 @triton.jit(do_not_specialize=["n_listed", "n_keys", "n_slices"])
@@ -160,9 +162,9 @@ def merge_slices(partial: Tensor, partial_lse: Tensor, q: Tensor) -> tuple[Tenso
     rows, n_slices, dim = partial.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    block = min(32, triton.next_power_of_2(n_slices))
+    block = min(32, next_power_of_2(n_slices))
     _merge_slices[(rows,)](
-        partial, partial_lse, out, lse, n_slices, D=dim, BS=block, BD=triton.next_power_of_2(dim), num_warps=4
+        partial, partial_lse, out, lse, n_slices, D=dim, BS=block, BD=next_power_of_2(dim), num_warps=4
     )
     return out, lse
 
@@ -189,7 +191,7 @@ def gather_decode(
         q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], *indices.stride()[:2],
         lists, lists // k.shape[1],
         ROWS=rows, D=dim, PAGE=page_size,
-        BM=max(16, triton.next_power_of_2(rows)), BN=tiles.rows, BD=max(16, triton.next_power_of_2(dim)),
+        BM=max(16, next_power_of_2(rows)), BN=tiles.rows, BD=max(16, next_power_of_2(dim)),
         STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     return merge_slices(partial, partial_lse, q)

@@ -32,6 +32,7 @@ from sparseland.ops._dispatch import (
     on_cpu,
     why_no_triton,
 )
+from sparseland.ops._operator import operator
 
 _HERE = "sparseland.ops.interval_attention"
 
@@ -144,7 +145,7 @@ def _per_key(name: str, x: Tensor, shape: torch.Size, device: torch.device) -> T
     return x.expand(shape)
 
 
-@torch.library.custom_op("sparseland::interval_attention", mutates_args=())
+@operator("sparseland::interval_attention")
 def _interval_attention(
     q: Tensor, k: Tensor, v: Tensor, ends: Tensor, bias: Tensor, most: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -160,7 +161,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("sparseland::interval_attention_backward", mutates_args=())
+@operator("sparseland::interval_attention_backward")
 def _interval_attention_backward(
     d_out: Tensor,
     d_lse: Tensor,

@@ -13,6 +13,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparseland.patterns import cdiv, next_power_of_2
+
 LOG2E = 1.4426950408889634
 _CHUNK = 1024
 
@@ -121,7 +123,7 @@ def living_lists(
     ``most + block - 1`` at most.
     """
     B, Hkv, n_keys = ends.shape
-    Mq, L = triton.cdiv(n_queries, block), min(n_keys, most + block - 1)
+    Mq, L = cdiv(n_queries, block), min(n_keys, most + block - 1)
     lists = torch.empty(B, Hkv, Mq, L, dtype=torch.int32, device=ends.device)
     counts = torch.empty(B, Hkv, Mq, dtype=torch.int32, device=ends.device)
     _list_kernel[(Mq, B * Hkv)](
@@ -144,12 +146,12 @@ def interval_attention(
     ends, bias = ends.contiguous(), bias.contiguous()
     B, Hq, n_queries, D = q.shape
     Hkv, n_keys = k.shape[1:3]
-    BD = max(16, triton.next_power_of_2(D))
+    BD = max(16, next_power_of_2(D))
     BM, BN, warps, stages = _tile_sizes(BD, q.dtype)
     lists, counts = living_lists(ends, n_queries, BM, most)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    _forward_kernel[(triton.cdiv(n_queries, BM), B * Hq)](
+    _forward_kernel[(cdiv(n_queries, BM), B * Hq)](
         q, k, v, ends, bias, lists, counts, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         Hq, Hkv, n_queries, n_keys, D, lists.shape[2], lists.shape[3], scale * LOG2E,

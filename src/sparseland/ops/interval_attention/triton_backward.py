@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparseland.ops.interval_attention.triton import LOG2E, living_lists, load_tile
+from sparseland.patterns import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -150,7 +151,7 @@ def backward(
     ends, bias = ends.contiguous(), bias.contiguous()
     B, Hq, n_queries, D = q.shape
     Hkv, n_keys = k.shape[1:3]
-    BD = max(16, triton.next_power_of_2(D))
+    BD = max(16, next_power_of_2(D))
     BM, BN, warps, stages = _tile_sizes(BD, q.dtype)
     delta = (out.float() * d_out.float()).sum(-1) - d_lse.float()
     # In base 2; +inf makes every probability of a query that sees nothing 0.
@@ -161,12 +162,12 @@ def backward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3])
     tiles = {"BM": BM, "BN": BN, "BD": BD, "PADDED": BD != D, "num_warps": warps, "num_stages": stages}
     lists, counts = living_lists(ends, n_queries, BM, most)
-    _dq_kernel[(triton.cdiv(n_queries, BM), B * Hq)](
+    _dq_kernel[(cdiv(n_queries, BM), B * Hq)](
         q, k, v, ends, bias, lists, counts, d_out, delta, lse2, d_q, *strides,
         Hq, Hkv, n_queries, n_keys, D, lists.shape[2], lists.shape[3], scale, scale * LOG2E, **tiles,
     )  # fmt: skip
     order = by_end(ends, n_queries)
-    _dkdv_kernel[(triton.cdiv(n_keys, BN), B * Hkv)](
+    _dkdv_kernel[(cdiv(n_keys, BN), B * Hkv)](
         q, k, v, ends, bias, order, d_out, delta, lse2, d_k, d_v, d_bias, *strides,
         Hkv, Hq // Hkv, n_queries, n_keys, D, scale, scale * LOG2E, **tiles,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.ops._dispatch import Backend, choose, interpreting, on_cpu, why_no_triton, why_not_float
+from sparseland.ops._operator import operator
 from sparseland.ops.kernel_scores import fast
 from sparseland.ops.kernel_scores.fast import block_scores, coarsen, compress_keys, visible_kernels
 from sparseland.ops.kernel_scores.fast import top as top_blocks
@@ -196,7 +197,7 @@ def _check(
             raise SparselandError(f"{_OP}: {name} holds {t.shape[2]} windows, too few for {n_keys} keys")
 
 
-@torch.library.custom_op("sparseland::kernel_scores", mutates_args=())
+@operator("sparseland::kernel_scores")
 def _kernel_scores(
     q: Tensor,
     compressed: Tensor,
@@ -229,7 +230,7 @@ def _(
     return q.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("sparseland::kernel_select_blocks", mutates_args=())
+@operator("sparseland::kernel_select_blocks")
 def _select_blocks(
     q: Tensor,
     compressed: Tensor,

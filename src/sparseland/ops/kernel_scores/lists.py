@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparseland.ops._dispatch import interpreting
-from sparseland.patterns import cdiv
+from sparseland.patterns import cdiv, next_power_of_2
 
 # Score rows are padded to a multiple of this many blocks: tiles of windows end there, and loads are aligned.
 UNIT = 64
@@ -163,7 +163,7 @@ def lists(
     B, Hkv, T = counts.shape
     rows, width = scores.shape[2:]
     columns = max(1, (offset + start + rows - 1) // block_size - window + 1)
-    BC = max(64, triton.next_power_of_2(columns))
+    BC = max(64, next_power_of_2(columns))
     warps = max(1, min(16, BC // _COLUMNS))
     _list_kernel[(cdiv(rows, tile), B * Hkv)](
         scores.view(torch.int32) if width else counts, counts, indices, members, width // UNIT, rows, T,

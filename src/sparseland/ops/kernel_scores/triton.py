@@ -28,7 +28,7 @@ from triton.runtime.errors import OutOfResources
 from sparseland.ops._rows import rows_at
 from sparseland.ops.kernel_scores.lists import UNIT, lists
 from sparseland.ops.kernel_scores.reference import UNJUDGED, finite
-from sparseland.patterns import cdiv
+from sparseland.patterns import cdiv, next_power_of_2
 
 _LOG2E = 1.4426950408889634
 _UNSPECIALIZED = ("H", "Nq", "Nc", "offset", "n_rows", "units", "i_first")
@@ -274,7 +274,7 @@ def score(
     """
     B, H, Nq, D = q.shape
     Hkv, rows, width = out.shape[1:]
-    G, per_block, BD = H // Hkv, block_size // stride, max(16, triton.next_power_of_2(D))
+    G, per_block, BD = H // Hkv, block_size // stride, max(16, next_power_of_2(D))
     if cut is None:
         cut = FULL_PRECISION if q.dtype == torch.float32 else SCORE[max(BD, 64)]
     # At least 16 blocks, which a product takes, and whole units.
@@ -285,7 +285,7 @@ def score(
             q, windows, lse, out, *q.stride()[:3], *windows.stride()[:3], H, Nq, windows.shape[2],
             offset, start, rows, width // UNIT, scale * _LOG2E, G, kernel, stride, per_block, D, BD,
             cut.BT, BN, _UNJUDGED_BITS, hold, UNIT, window is not None, window or 0, init,
-            triton.next_power_of_2(init or 1), FOREMOST, num_warps=cut.warps, num_stages=cut.stages,
+            next_power_of_2(init or 1), FOREMOST, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
 
     if cut.hold and H // Hkv * cut.BT * BD * q.element_size() <= _HELD_QUERIES:
@@ -321,7 +321,7 @@ def _lse(
 ) -> Tensor:
     B, H, Nq, D = q.shape
     lse = torch.empty(B, H, Nq, dtype=torch.float32, device=q.device)
-    BD = max(16, triton.next_power_of_2(D))
+    BD = max(16, next_power_of_2(D))
     if cut is None:
         cut = FULL_PRECISION if q.dtype == torch.float32 else LSE[max(BD, 64)]
     _lse_kernel[(cdiv(Nq, cut.BT), H, B)](
@@ -376,7 +376,7 @@ def select(
     start = whole
     while start < Nq:
         # A piece ends where its rows would need a list kernel of twice the columns, or with the space.
-        columns = triton.next_power_of_2((offset + start + tile) // block_size - window + 1)
+        columns = next_power_of_2((offset + start + tile) // block_size - window + 1)
         widest = cdiv(min(max(columns, _SHORT) + window, cdiv(n_keys, block_size)), UNIT) * UNIT
         rows = (max(columns, _SHORT) + window) * block_size - offset - start
         rows = max(tile, min(rows, _HELD_BYTES // (B * Hkv * widest * dtype.itemsize)) // tile * tile)

@@ -35,6 +35,7 @@ from sparseland.ops._dispatch import (
     why_no_gluon,
     why_no_triton,
 )
+from sparseland.ops._operator import operator
 from sparseland.ops.lowbit_scores.tiles import ROWS, kept_tiles, n_words
 from sparseland.patterns import BlockPattern, Pattern, cdiv, in_pieces
 
@@ -133,7 +134,7 @@ def tile_blocks(words: Int[Tensor, "B H Mq W"], n_queries: int, n_keys: int) -> 
     return in_pieces(lists, n_queries, n_keys, ROWS, 4 * blocks * words.shape[0] * words.shape[1])
 
 
-@torch.library.custom_op("sparseland::lowbit_tiles", mutates_args=())
+@operator("sparseland::lowbit_tiles")
 def _lowbit_tiles(q: Tensor, k: Tensor, tau: Tensor, scale: float, backend: str) -> Tensor:
     module = module_of(BACKENDS, backend)
     words: Tensor = module.tile_bits(q, k, tau, scale)
@@ -146,7 +147,7 @@ def _(q: Tensor, k: Tensor, tau: Tensor, scale: float, backend: str) -> Tensor:
     return q.new_empty(shape, dtype=torch.int32)
 
 
-@torch.library.custom_op("sparseland::lowbit_tile_lists", mutates_args=())
+@operator("sparseland::lowbit_tile_lists")
 def _tile_lists(words: Tensor, n_queries: int, n_keys: int) -> tuple[Tensor, Tensor]:
     counts, indices = loaded(f"{_HERE}.triton").tile_lists(words, n_queries, n_keys)
     return counts, indices

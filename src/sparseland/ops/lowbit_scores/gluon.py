@@ -13,7 +13,6 @@ The factors are those of the ``triton`` backend. Source: see the package.
 from __future__ import annotations
 
 import torch
-import triton
 from jaxtyping import Float, Int
 from torch import Tensor
 from triton.experimental import gluon
@@ -23,6 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sparseland.ops.lowbit_scores.tiles import KEYS, ROWS, SEGMENT, WORD, judged, n_words
 from sparseland.ops.lowbit_scores.triton import factors
+from sparseland.patterns import cdiv
 
 WARPGROUPS = gl.constexpr(4)
 STAGES = gl.constexpr(4)  # segments of keys in flight
@@ -266,7 +266,7 @@ def tile_bits(
     whole = gl.NVMMASharedLayout(swizzle_byte_width=BD, element_bitwidth=8, rank=3)
     pairs = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     columns = (x.view(torch.int32) for x in (made.k_scale, made.shift))
-    grid = (triton.cdiv(Mq, WARPGROUPS.value * _BLOCKS.value), B * Hq)
+    grid = (cdiv(Mq, WARPGROUPS.value * _BLOCKS.value), B * Hq)
     _estimate[grid](
         _descriptor(made.q4, [1, _M.value, BD], whole), _descriptor(made.k4, [1, _N.value, BD], whole),
         *(_descriptor(x, [1, _N.value // 2], pairs) for x in columns),

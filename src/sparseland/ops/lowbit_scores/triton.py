@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparseland.ops.lowbit_scores.tiles import KEYS, LOCAL, ROWS, SEGMENT, WORD, n_words
+from sparseland.patterns import cdiv, next_power_of_2
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -265,8 +266,8 @@ def factors(
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     B, Hq, n_queries, D = q.shape
     Hkv, n_keys, device = k.shape[1], k.shape[2], q.device
-    G, Mq = Hq // Hkv, triton.cdiv(n_queries, ROWS)
-    BD = max(32, triton.next_power_of_2(D))  # 8-bit products sum over 32 at least
+    G, Mq = Hq // Hkv, cdiv(n_queries, ROWS)
+    BD = max(32, next_power_of_2(D))  # 8-bit products sum over 32 at least
     q_mean, k_mean = (x.mean(2, dtype=torch.float32) for x in (q, k))
     log_tau = tau.log()
     # In this unit the keys' scales are about 1 at most, which float16 likes.
@@ -274,11 +275,11 @@ def factors(
     unit = torch.where((unit > 0) & unit.isfinite(), unit, 1)
 
     k4 = torch.empty(B * Hkv, n_keys, BD, dtype=_number(device), device=device)
-    padded = triton.cdiv(n_keys, KEYS) * KEYS
+    padded = cdiv(n_keys, KEYS) * KEYS
     k_scale = torch.empty(B * Hkv, padded, dtype=torch.float16, device=device)
     shift = torch.empty(B * Hq, padded, dtype=torch.float16, device=device)
     BN = 64 if BD <= 64 else 32  # more rows would not fit into the registers
-    _keys[(triton.cdiv(n_keys, BN), B * Hkv)](
+    _keys[(cdiv(n_keys, BN), B * Hkv)](
         k, k_mean, q_mean, unit, k4, k_scale, shift, *k.stride()[:3], Hkv, G, n_keys, D, scale,
         BN=BN, BD=BD, num_warps=4,
     )  # fmt: skip
@@ -299,12 +300,12 @@ def tile_bits(
     """Bits of the judged tiles; see the package. Deterministic: no atomics."""
     B, Hq, n_queries, _ = q.shape
     n_keys = k.shape[2]
-    Mq, W = triton.cdiv(n_queries, ROWS), n_words(n_queries, n_keys)
+    Mq, W = cdiv(n_queries, ROWS), n_words(n_queries, n_keys)
     made = factors(q, k, tau, scale)
     words = torch.zeros(B, Hq, Mq, W, dtype=torch.int32, device=q.device)
     BD = made.q4.shape[2]
     BM, BN, warps, stages = _tile_sizes(BD)
-    _estimate[(triton.cdiv(Mq * ROWS, BM), B * Hq)](
+    _estimate[(cdiv(Mq * ROWS, BM), B * Hq)](
         *made, words, Hq, Hq // k.shape[1], n_queries, n_keys, Mq, W,
         BM=BM, BD=BD, BN=BN, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -363,9 +364,9 @@ def tile_lists(
     """Lists of 64 x 64 blocks, as in :func:`sparseland.ops.lowbit_scores.tile_blocks`."""
     words = words.contiguous()
     B, H, Mq, W = words.shape
-    blocks = triton.cdiv(n_keys, ROWS)
+    blocks = cdiv(n_keys, ROWS)
     counts = torch.empty(B, H, Mq, dtype=torch.int32, device=words.device)
     indices = torch.empty(B, H, Mq, blocks, dtype=torch.int32, device=words.device)
-    BJ = min(256, max(16, triton.next_power_of_2(blocks)))
+    BJ = min(256, max(16, next_power_of_2(blocks)))
     _lists[(Mq, B * H)](words, counts, indices, n_queries, n_keys, W, blocks, BJ=BJ, num_warps=1)
     return counts, indices

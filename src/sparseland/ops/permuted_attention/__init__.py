@@ -25,6 +25,7 @@ from sparseland.ops._dispatch import (
     why_no_triton,
     why_not_float,
 )
+from sparseland.ops._operator import operator
 from sparseland.patterns import PermutedPattern, cdiv
 
 __all__ = ["permuted_attention"]
@@ -172,7 +173,7 @@ def _check_pattern(q: Tensor, k: Tensor, pattern: PermutedPattern) -> None:
             )
 
 
-@torch.library.custom_op("sparseland::permuted_attention", mutates_args=())
+@operator("sparseland::permuted_attention")
 def _forward(
     q: Tensor,
     k: Tensor,

@@ -16,6 +16,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparseland.patterns import cdiv, next_power_of_2
+
 _LOG2E = 1.4426950408889634
 # Sizes that change from call to call: specialised kernels would gain nothing.
 _UNSPECIALIZED = (
@@ -118,13 +120,13 @@ def forward(
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=torch.float32, device=q.device)
     Sq, Sk = q_index.shape[-1], k_index.shape[-1]
-    BD = max(16, triton.next_power_of_2(D))
+    BD = max(16, next_power_of_2(D))
     BM, BN, warps, stages = _tile_sizes(block_size, BD, q.dtype)
     q_index, k_index, counts, indices = (
         x.expand(B, H, *x.shape[2:]) for x in (q_index, k_index, counts, indices)
     )
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        _forward[(triton.cdiv(Sq, block_size) * (block_size // BM), B * H)](
+        _forward[(cdiv(Sq, block_size) * (block_size // BM), B * H)](
             q, k, v, out, lse, q_index, k_index, counts, indices, kv_heads,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *q_index.stride()[:2], *k_index.stride()[:2], *counts.stride()[:2], *indices.stride()[:3],

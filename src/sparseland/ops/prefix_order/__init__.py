@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.ops._dispatch import Backend, choose, on_cpu, why_no_triton
+from sparseland.ops._operator import operator
 from sparseland.ops.prefix_order import fast, reference
 
 __all__ = ["nth_of_prefixes"]
@@ -59,7 +60,7 @@ def nth_of_prefixes(
     return fast.nth_of_prefixes(values, nth)
 
 
-@torch.library.custom_op("sparseland::nth_of_prefixes", mutates_args=())
+@operator("sparseland::nth_of_prefixes")
 def _nth_of_prefixes(values: Tensor, nth: int) -> Tensor:
     found: Tensor = _TRITON.load().nth_of_prefixes(values, nth)
     return found

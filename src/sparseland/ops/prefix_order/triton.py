@@ -12,6 +12,8 @@ import triton.language as tl
 from jaxtyping import Int
 from torch import Tensor
 
+from sparseland.patterns import cdiv, next_power_of_2
+
 _TILE = 2048
 
 
@@ -80,14 +82,14 @@ def nth_of_prefixes(values: Int[Tensor, "*batch n"], nth: int) -> Int[Tensor, "*
     buffers = [torch.empty_like(source) for _ in range(2)]
     levels = max(1, (n - 1).bit_length())
     zeros = torch.empty(levels, n_rows, n + 1, dtype=torch.int32, device=values.device)
-    tile = min(_TILE, max(16, triton.next_power_of_2(n)))
-    grid = (triton.cdiv(n, tile), n_rows)
+    tile = min(_TILE, max(16, next_power_of_2(n)))
+    grid = (cdiv(n, tile), n_rows)
     counts = torch.empty(n_rows, grid[0], dtype=torch.int32, device=values.device)
-    some = min(1024, max(16, triton.next_power_of_2(grid[0])))
+    some = min(1024, max(16, next_power_of_2(grid[0])))
     for level in range(levels):
         bit, target = levels - 1 - level, buffers[level % 2]
         _count_zeros[grid](source, counts, n, bit, BN=tile, num_warps=4)
         _split[grid](source, counts, zeros[level], target, n, bit, BN=tile, BT=some, num_warps=8)
         source = target
-    _follow[(triton.cdiv(n, 256), n_rows)](zeros, out, n, min(nth, n), n_rows, levels, BN=256, num_warps=4)
+    _follow[(cdiv(n, 256), n_rows)](zeros, out, n, min(nth, n), n_rows, levels, BN=256, num_warps=4)
     return out

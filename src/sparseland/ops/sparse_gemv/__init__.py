@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.ops._dispatch import Backend, choose, on_cpu, why_no_triton
+from sparseland.ops._operator import operator
 
 __all__ = ["sparse_gemv"]
 
@@ -35,7 +36,7 @@ BACKENDS = (
 )
 
 
-@torch.library.custom_op("sparseland::sparse_gemv", mutates_args=())
+@operator("sparseland::sparse_gemv")
 def _sparse_gemv(x: Tensor, wt: Tensor, threshold: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     chosen = choose("sparse_gemv", BACKENDS, backend or None, x, wt)
     return chosen.load().sparse_gemv(x, wt, threshold, bias)  # type: ignore[no-any-return]

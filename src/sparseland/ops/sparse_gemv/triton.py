@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseland.ops.gather_decode.triton import n_multiprocessors, split
+from sparseland.patterns import cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -103,17 +104,17 @@ def sparse_gemv(
         return y if bias is None else y + bias
     tiles = tiles or Tiles()
     y = torch.empty(n_tokens, n_out, dtype=x.dtype, device=x.device)
-    blocks = triton.cdiv(n_out, tiles.columns)
+    blocks = cdiv(n_out, tiles.columns)
     per_slice, n_slices = split(n_in, tiles.rows, blocks, tiles.per_sm * n_multiprocessors(x.device))
     partial = torch.empty(n_slices, n_tokens, n_out, dtype=torch.float32, device=x.device)
     _partial_sums[(blocks, n_slices)](
         x, wt, threshold, partial, n_in, n_out, per_slice, x.stride(0), x.stride(1), wt.stride(0),
         threshold.stride(0) if threshold.dim() else 0,
-        T=n_tokens, BT=max(16, triton.next_power_of_2(n_tokens)), BK=tiles.rows, BN=tiles.columns,
+        T=n_tokens, BT=max(16, next_power_of_2(n_tokens)), BK=tiles.rows, BN=tiles.columns,
         STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
-    _add_slices[(triton.cdiv(n_out, 128), n_tokens)](
+    _add_slices[(cdiv(n_out, 128), n_tokens)](
         partial, bias, y, n_slices, n_out, T=n_tokens, HAS_BIAS=bias is not None,
-        BS=min(16, triton.next_power_of_2(n_slices)), BN=128, num_warps=4,
+        BS=min(16, next_power_of_2(n_slices)), BN=128, num_warps=4,
     )  # fmt: skip
     return y

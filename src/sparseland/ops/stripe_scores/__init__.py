@@ -30,6 +30,7 @@ from sparseland.ops._dispatch import (
     on_cpu,
     why_no_triton,
 )
+from sparseland.ops._operator import operator
 from sparseland.ops.stripe_scores.areas import local_starts, n_groups
 from sparseland.patterns import ColumnPattern, cdiv
 
@@ -147,7 +148,7 @@ def _check(op: str, q: Tensor, k: Tensor, block_size: int, step: int, scale: flo
     return scale
 
 
-@torch.library.custom_op("sparseland::row_anchors", mutates_args=())
+@operator("sparseland::row_anchors")
 def _anchors(q: Tensor, k: Tensor, block_size: int, step: int, scale: float, backend: str) -> Tensor:
     module = module_of(BACKENDS, backend)
     anchors: Tensor = module.anchors(q, k, block_size, step, scale)
@@ -159,7 +160,7 @@ def _(q: Tensor, k: Tensor, block_size: int, step: int, scale: float, backend: s
     return q.new_empty((*q.shape[:2], cdiv(q.shape[2], block_size)), dtype=torch.float32)
 
 
-@torch.library.custom_op("sparseland::stripe_columns", mutates_args=())
+@operator("sparseland::stripe_columns")
 def _stripes(
     q: Tensor,
     k: Tensor,

@@ -28,6 +28,7 @@ from sparseland.ops.stripe_scores.areas import (
     thresholds,
     usable,
 )
+from sparseland.patterns import cdiv, next_power_of_2
 
 # Bytes per group and key held at once.
 _BYTES = 1 << 28
@@ -110,9 +111,9 @@ def anchors(
     """Mean row maximum of each query block over its exact area. The block size is a power of two >= 16."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     B, Hq, n_queries, D = q.shape
-    blocks = triton.cdiv(n_queries, block_size)
+    blocks = cdiv(n_queries, block_size)
     out = torch.empty(B, Hq, blocks, dtype=torch.float32, device=q.device)
-    BD = max(16, triton.next_power_of_2(D))
+    BD = max(16, next_power_of_2(D))
     full = q.dtype == torch.float32
     BN = min(block_size, 32 if full or BD > 128 else 64)
     _anchors[(blocks, B * Hq)](
@@ -236,12 +237,12 @@ def stripes(
     B, Hq, n_queries, D = q.shape
     n_keys, device = k.shape[2], q.device
     groups, limit = n_groups(n_queries, block_size, step), min(limit, n_keys)
-    BD = max(16, triton.next_power_of_2(D))
+    BD = max(16, next_power_of_2(D))
     split = k.dtype != torch.float32
     tile = tile or (TILES[max(BD, 64)] if split else FULL_PRECISION)
-    STEP = triton.next_power_of_2(step)
+    STEP = next_power_of_2(step)
     GT = tile.rows // STEP
-    padded = triton.cdiv(groups, GT) * GT
+    padded = cdiv(groups, GT) * GT
     high, low = _pooled(q, block_size, step, STEP, padded, BD, scale, k.dtype)
     short = groups * step - anchors.shape[2]
     # Blocks that a last group lacks are out of reach, as are groups that fill a tile.
@@ -254,12 +255,12 @@ def stripes(
     indices = torch.empty(B, Hq, groups, limit, dtype=torch.int32, device=device)
     levels = thresholds(theta, device)
     n_levels = LEVELS if limit < n_keys else 1
-    tiles = triton.cdiv(n_keys, tile.keys)
+    tiles = cdiv(n_keys, tile.keys)
     width = tiles * tile.keys
     piece = min(padded, max(1, _BYTES // (B * Hq * width * GT)) * GT)
     passed = torch.empty(B * Hq, piece, width, dtype=torch.uint8, device=device)
     for g0 in range(0, groups, piece):
-        _compare[(triton.cdiv(tiles, _PARTS), triton.cdiv(piece, GT), B * Hq)](
+        _compare[(cdiv(tiles, _PARTS), cdiv(piece, GT), B * Hq)](
             high, low, anchor, starts, k, levels, passed, *k.stride()[:3],
             Hq, k.shape[1], n_keys, block_size, step, groups, padded, g0, piece, width,
             D=D, R=tile.rows, STEP=STEP, BN=tile.keys, BD=BD, SPLIT=split, FULL=step == STEP, PARTS=_PARTS,
@@ -284,7 +285,7 @@ def _pooled(
 ) -> tuple[Float[Tensor, "B Hq g S BD"], Float[Tensor, "B Hq g S BD"]]:
     """Scaled mean queries ``[B, Hq, padded, STEP, BD]`` as two summands of the keys' type."""
     mean = mean_pool(q, block_size) * scale
-    groups = triton.cdiv(mean.shape[2], step)
+    groups = cdiv(mean.shape[2], step)
     mean = F.pad(mean, (0, BD - mean.shape[3], 0, groups * step - mean.shape[2]))
     mean = mean.unflatten(2, (groups, step))
     mean = F.pad(mean, (0, 0, 0, STEP - step, 0, padded - groups)).contiguous()

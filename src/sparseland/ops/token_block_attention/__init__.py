@@ -26,6 +26,7 @@ from sparseland.ops._dispatch import (
     why_no_triton,
     why_not_float,
 )
+from sparseland.ops._operator import operator
 from sparseland.patterns import TokenBlockPattern, cdiv
 
 __all__ = ["tile_for", "token_block_attention"]
@@ -170,7 +171,7 @@ def _check_pattern(q: Tensor, k: Tensor, pattern: TokenBlockPattern) -> None:
 # The backend is chosen inside the operators, so torch.compile sees one opaque call.
 
 
-@torch.library.custom_op("sparseland::token_block_attention", mutates_args=())
+@operator("sparseland::token_block_attention")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -214,7 +215,7 @@ def _(
     return q.new_empty(q.shape), lse
 
 
-@torch.library.custom_op("sparseland::token_block_attention_backward", mutates_args=())
+@operator("sparseland::token_block_attention_backward")
 def _backward(
     d_out: Tensor,
     d_lse: Tensor,

@@ -29,6 +29,7 @@ from sparseland.ops.block_sparse_attention.triton import (
     longest_first,
     padded,
 )
+from sparseland.patterns import next_power_of_2
 
 # Sizes that change from call to call: compiling again where one happens to divide by 16 would gain nothing.
 UNSPECIALIZED = (
@@ -232,7 +233,7 @@ def preferred(table: dict[int, tuple[Tile, ...]], q: Tensor) -> tuple[Tile, ...]
 
 def rows_of_tile(tile: int, group: int) -> int:
     """Rows of a kernel's tile: tokens times heads, as the tensor cores take them."""
-    return max(16, triton.next_power_of_2(tile * group))
+    return max(16, next_power_of_2(tile * group))
 
 
 def lists_of(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparseland.errors import SparselandError
 from sparseland.ops._dispatch import LONGEST_SIDE, Backend, choose, module_of, on_cpu, why_no_triton
+from sparseland.ops._operator import operator
 
 __all__ = ["covering", "top_indices", "top_mask"]
 
@@ -59,11 +60,7 @@ def top_mask(
     if values.shape[-1] == 0:
         return values.new_zeros(values.shape, dtype=torch.bool)
     count = count.expand(values.shape[:-1])
-    if _as_operator(chosen):
-        mask: Tensor = _top_mask(values, count, forced, chosen.name)
-    else:
-        mask = chosen.load().top_mask(values, count, forced)
-    return mask
+    return _top_mask(values, count, forced, chosen.name)
 
 
 def top_indices(
@@ -96,11 +93,7 @@ def top_indices(
         return values.new_empty((*values.shape[:-1], most), dtype=torch.int32)
     if count is not None:
         count = count.expand(values.shape[:-1])
-    if _as_operator(chosen):
-        places: Tensor = _top_indices(values, most, count, chosen.name)
-    else:
-        places = chosen.load().top_indices(values, most, count)
-    return places
+    return _top_indices(values, most, count, chosen.name)
 
 
 def covering(
@@ -128,16 +121,8 @@ def covering(
     """
     _check("covering", weights)
     chosen = choose("covering", BACKENDS, backend, weights)
-    if _as_operator(chosen):
-        value, taken = _covering(weights, min(mass, 2 * LARGEST_SUM), active, chosen.name)
-    else:
-        value, taken = chosen.load().covering(weights, mass, active)
-    return value, taken
-
-
-def _as_operator(backend: Backend) -> bool:
-    """Whether a call goes through ``torch.library``, which only makes PyTorch's own code take longer."""
-    return backend.name == "triton" or torch.compiler.is_compiling()
+    # A graph holds no infinity.
+    return _covering(weights, min(mass, 2 * LARGEST_SUM), active, chosen.name)
 
 
 def _check(op: str, x: Tensor) -> None:
@@ -147,7 +132,7 @@ def _check(op: str, x: Tensor) -> None:
         raise SparselandError(f"{op}: a row may have up to {LONGEST_ROW} numbers, got {x.shape[-1]}")
 
 
-@torch.library.custom_op("sparseland::top_mask", mutates_args=())
+@operator("sparseland::top_mask")
 def _top_mask(values: Tensor, count: Tensor, forced: int, backend: str) -> Tensor:
     mask: Tensor = module_of(BACKENDS, backend).top_mask(values, count, forced)
     return mask
@@ -158,7 +143,7 @@ def _(values: Tensor, count: Tensor, forced: int, backend: str) -> Tensor:
     return values.new_empty(values.shape, dtype=torch.bool)
 
 
-@torch.library.custom_op("sparseland::top_indices", mutates_args=())
+@operator("sparseland::top_indices")
 def _top_indices(values: Tensor, most: int, count: Tensor | None, backend: str) -> Tensor:
     places: Tensor = module_of(BACKENDS, backend).top_indices(values, most, count)
     return places
@@ -169,7 +154,7 @@ def _(values: Tensor, most: int, count: Tensor | None, backend: str) -> Tensor:
     return values.new_empty((*values.shape[:-1], most), dtype=torch.int32)
 
 
-@torch.library.custom_op("sparseland::covering", mutates_args=())
+@operator("sparseland::covering")
 def _covering(weights: Tensor, mass: float, active: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     value, taken = module_of(BACKENDS, backend).covering(weights, mass, active)
     return value, taken

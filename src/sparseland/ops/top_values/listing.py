@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseland.ops.top_values.keys import ordered_keys
+from sparseland.patterns import cdiv, next_power_of_2
 
 # Rows up to this length stay in the registers of one program.
 _SHORT = 8192
@@ -266,14 +267,14 @@ def top_indices(values: Tensor, most: int, count: Tensor | None, short: int = _S
         out = torch.full(shape, -1, dtype=torch.int32, device=x.device)
     known = {"HAS_COUNT": count is not None}
     if n <= short:
-        BN = max(32, triton.next_power_of_2(n))
+        BN = max(32, next_power_of_2(n))
         _list_short[(n_rows,)](x, count, out, n, most, BN=BN, num_warps=4 if BN <= 2048 else 8, **known)
         return out
     slices, sample, room = (32, 4096, 8192) if n <= 1 << 18 else (64, 16384, 32768)
-    room = min(room, triton.next_power_of_2(triton.cdiv(n, 4)))
-    tile = min(_TILE, max(128, triton.next_power_of_2(triton.cdiv(n, slices))))
+    room = min(room, next_power_of_2(cdiv(n, 4)))
+    tile = min(_TILE, max(128, next_power_of_2(cdiv(n, slices))))
     sample = min(sample, 1 << (n.bit_length() - 1))
-    per_slice = triton.cdiv(triton.cdiv(n, slices), tile) * tile
+    per_slice = cdiv(cdiv(n, slices), tile) * tile
     parts = [n_rows * part for part in (_APART.value, 2, 1, slices, slices, room, room)]
     numbers = torch.empty(sum(parts), dtype=torch.int32, device=x.device)
     held, bounds, last, larger, ties, copies, owners = numbers.split(parts)

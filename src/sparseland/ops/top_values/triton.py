@@ -4,9 +4,10 @@ By number: radix selection. Each level counts, per row, the keys that share the 
 next eight. A tile's 256-bin histogram is a product of two one-hot matrices, 16 upper by 16 lower digits: far
 fewer comparisons than one per bin, and no atomics inside a tile.
 
-By sum: each pass adds up what lies at or above 16 thresholds inside the interval of bit patterns that is
-left, which shrinks it 17-fold; eight passes leave one pattern. Sums of programs are added in fixed point:
-integers add to the same sum in any order, so every run gives the same result.
+By sum: each pass over a long row adds up what lies at or above 16 thresholds inside the interval of bit
+patterns that is left, which shrinks it 17-fold; eight passes leave one pattern. Sums of programs are added in
+fixed point: integers add to the same sum in any order, so every run gives the same result. One program does
+the same for a short row.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from sparseland.ops.top_values.keys import ordered_keys
 from sparseland.ops.top_values.listing import top_indices
+from sparseland.patterns import cdiv, next_power_of_2
 
 __all__ = ["covering", "top_indices", "top_mask"]
 
@@ -28,6 +30,8 @@ _UNIT = tl.constexpr(2.0**40)
 _UNSPECIALIZED = ("goal", "n_rows", "forced")
 # Rows up to this length stay in the registers of one program.
 _SHORT = 16384
+# One program sums rows up to this length by itself: slower on the device than many, but one launch, not ten.
+_ALONE = 65536
 # Values that one program looks at. Rows come first in a grid, whose other sides end at 65535.
 _PER_PROGRAM = 4096
 
@@ -194,6 +198,82 @@ def _cross(goal, active, sums, found, value, taken, n, n_rows, HAS_ACTIVE: tl.co
     tl.store(taken + i_row, tl.where(never, tl.zeros([], tl.int64) + n + 1, larger + needed))
 
 
+@triton.jit
+def _part(x, start, n, BN: tl.constexpr):
+    """Positive finite numbers, 0 for all others, and how many of these are not finite."""
+    i_x = start + tl.arange(0, BN)
+    b_x = tl.load(x + i_x, mask=i_x < n, other=0.0)
+    b_finite = b_x < 1e37  # false for NaN too
+    return tl.where((b_x > 0.0) & b_finite, b_x, 0.0), (b_finite == 0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=("goal",))
+def _cover_alone(x, active, value, taken, goal, n, HAS_ACTIVE: tl.constexpr, BN: tl.constexpr):
+    """All of `covering` for one row: each sweep adds up what lies at or above three thresholds.
+
+    Numbers order like their bits. The goal is exceeded at ``low``, not at ``high``; a sweep leaves a quarter.
+    """
+    i_row = tl.program_id(0)
+    if HAS_ACTIVE:  # noqa: SIM102  a pointer that is None can't be read, not even by `and`
+        if tl.load(active + i_row) == 0:
+            tl.store(value + i_row, 0.0)
+            tl.store(taken + i_row, tl.zeros([], tl.int64))
+            return
+    x += i_row.to(tl.int64) * n
+    mass = goal.to(tl.float64) / _UNIT
+    b_all = tl.zeros([BN], tl.float32)
+    b_peak = tl.zeros([BN], tl.float32)
+    b_odd = tl.zeros([BN], tl.int32)
+    for start in range(0, n, BN):
+        b_x, b_strange = _part(x, start, n, BN)
+        b_all += b_x
+        b_peak = tl.maximum(b_peak, b_x)
+        b_odd += b_strange
+    never = (tl.sum(b_all.to(tl.float64), 0) <= mass) | (tl.sum(b_odd, 0) > 0)
+    if never:
+        tl.store(value + i_row, 0.0)
+        tl.store(taken + i_row, tl.zeros([], tl.int64) + n + 1)
+        return
+    low = tl.full([], 1, tl.int32)
+    high = tl.max(b_peak, 0).to(tl.int32, bitcast=True) + 1
+    while high - low > 1:
+        step = (high - low + 3) // 4
+        first, second = low + step, tl.minimum(low + 2 * step, high)
+        third = tl.minimum(second + step, high)
+        b_1 = tl.zeros([BN], tl.float32)
+        b_2 = tl.zeros([BN], tl.float32)
+        b_3 = tl.zeros([BN], tl.float32)
+        for start in range(0, n, BN):
+            b_x, _ = _part(x, start, n, BN)
+            key = b_x.to(tl.int32, bitcast=True)
+            b_1 += tl.where(key >= first, b_x, 0.0)
+            b_2 += tl.where(key >= second, b_x, 0.0)
+            b_3 += tl.where(key >= third, b_x, 0.0)
+        if tl.sum(b_3.to(tl.float64), 0) > mass:
+            low = third
+        elif tl.sum(b_2.to(tl.float64), 0) > mass:
+            low, high = second, third
+        elif tl.sum(b_1.to(tl.float64), 0) > mass:
+            low, high = first, second
+        else:
+            high = first
+    b_above = tl.zeros([BN], tl.float32)
+    b_larger = tl.zeros([BN], tl.int32)
+    b_ties = tl.zeros([BN], tl.int32)
+    for start in range(0, n, BN):
+        b_x, _ = _part(x, start, n, BN)
+        key = b_x.to(tl.int32, bitcast=True)
+        b_above += tl.where(key > low, b_x, 0.0)
+        b_larger += (key > low).to(tl.int32)
+        b_ties += (key == low).to(tl.int32)
+    last = low.to(tl.float32, bitcast=True)
+    left = mass - tl.sum(b_above.to(tl.float64), 0)
+    needed = (left / last.to(tl.float64)).to(tl.int32) + 1
+    needed = tl.maximum(tl.minimum(needed, tl.sum(b_ties, 0)), 1)
+    tl.store(value + i_row, last)
+    tl.store(taken + i_row, (tl.sum(b_larger, 0) + needed).to(tl.int64))
+
+
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _mark_long(x, count, hist, out, n, n_rows, forced, BN: tl.constexpr):
     """One tile of a row. Only where some ties of the last key stay out, those before the tile are counted."""
@@ -255,11 +335,11 @@ def top_mask(
     if n_rows == 0:
         return out.view(torch.bool)
     if n <= _SHORT:
-        BN = triton.next_power_of_2(n)
+        BN = next_power_of_2(n)
         _mark_short[(n_rows,)](x, count, out, n, forced, BN=BN, num_warps=_warps(BN))
         return out.view(torch.bool)
     hist = torch.zeros(4, n_rows, 256, dtype=torch.int64, device=x.device)
-    grid = (n_rows, triton.cdiv(n, _PER_PROGRAM))
+    grid = (n_rows, cdiv(n, _PER_PROGRAM))
     for level in range(4):
         _count_digits[grid](x, count, hist, n, n_rows, forced, _PER_PROGRAM, LEVEL=level, BN=512, num_warps=8)
     _mark_long[grid](x, count, hist, out, n, n_rows, forced, BN=_PER_PROGRAM, num_warps=8)
@@ -267,9 +347,12 @@ def top_mask(
 
 
 def covering(
-    weights: Float[Tensor, "*batch n"], mass: float, active: Bool[Tensor, "*batch"] | None
+    weights: Float[Tensor, "*batch n"],
+    mass: float,
+    active: Bool[Tensor, "*batch"] | None,
+    alone: int = _ALONE,
 ) -> tuple[Float[Tensor, "*batch"], Int[Tensor, "*batch"]]:
-    """Many programs a row, whatever the length."""
+    """Rows of up to ``alone`` numbers in one kernel, longer ones by sums of many programs."""
     n, rows = weights.shape[-1], weights.shape[:-1]
     x = weights.contiguous()
     value = torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -282,9 +365,15 @@ def covering(
     if active is not None:
         active = active.contiguous().view(torch.int8)
     goal = int(mass * _UNIT.value)
+    if n <= alone:
+        BN = min(8192, next_power_of_2(n))
+        _cover_alone[(n_rows,)](
+            x, active, value, taken, goal, n, HAS_ACTIVE=active is not None, BN=BN, num_warps=_warps(2 * BN)
+        )
+        return value, taken
     numbers = torch.zeros(n_rows * (8 * 16 + 5), dtype=torch.int64, device=x.device)
     sums, found = numbers[: n_rows * 128], numbers[n_rows * 128 :]
-    grid = (n_rows, triton.cdiv(n, _PER_PROGRAM))
+    grid = (n_rows, cdiv(n, _PER_PROGRAM))
     known = {"HAS_ACTIVE": active is not None, "num_warps": 4}
     for i in range(8):
         _sum_above[grid](x, active, sums, goal, n, n_rows, PASS=i, BN=_PER_PROGRAM, **known)

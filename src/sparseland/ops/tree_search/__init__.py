@@ -37,6 +37,7 @@ from sparseland.ops._dispatch import (
     why_no_triton,
     why_not_float,
 )
+from sparseland.ops._operator import operator
 from sparseland.patterns import cdiv
 
 __all__ = ["n_representatives", "n_stages", "tree_search"]
@@ -138,7 +139,7 @@ def tree_search(
     return counts, _tree_search(q, k, first, blocks, block_q, block_k, keep, stride, shared, chosen.name)
 
 
-@torch.library.custom_op("sparseland::tree_search", mutates_args=())
+@operator("sparseland::tree_search")
 def _tree_search(
     q: Tensor,
     k: Tensor,

@@ -24,7 +24,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparseland.patterns import cdiv
+from sparseland.patterns import cdiv, next_power_of_2
 
 # Segments of all programs of a launch; up to 28 bytes of working memory each.
 _SEGMENTS = 3 << 22
@@ -344,9 +344,9 @@ def tree_search(
     found = torch.empty(segments, dtype=torch.int64, device=q.device)
     points = torch.empty(segments, dtype=torch.int32, device=q.device)
     scores = torch.empty(n_points * segments, dtype=torch.float32, device=q.device)
-    BD, rows = max(16, triton.next_power_of_2(D)), triton.next_power_of_2(group * votes)
+    BD, rows = max(16, next_power_of_2(D)), next_power_of_2(group * votes)
     # Heads whose first scores are computed together: 16 to 128 rows of them.
-    together = max(min(triton.next_power_of_2(joint), 128 // rows), cdiv(16, rows))
+    together = max(min(next_power_of_2(joint), 128 // rows), cdiv(16, rows))
     options: dict[str, Any] = {
         "D": D, "BD": BD, "BLOCK_Q": block_q, "VOTES": votes, "STRIDE": stride, "GROUP": group,
         "BLOCK_K": block_k, "K": keep, "POINTS": n_points,
@@ -355,7 +355,7 @@ def tree_search(
 
     def cut(tile: Tile) -> dict[str, int]:
         # No more keys than there are to score, and whole blocks of them.
-        BT = max(16, block_k, min(triton.next_power_of_2(keep * block_k), tile.keys))
+        BT = max(16, block_k, min(next_power_of_2(keep * block_k), tile.keys))
         return {"BT": BT, "num_warps": tile.warps, "num_stages": tile.stages}
 
     opening = cut(opening or preferred(q, BD, together * rows, OPENING))
@@ -368,7 +368,7 @@ def tree_search(
         )  # fmt: skip
         _search_kernel[(here, heads, B)](
             q, k, first, blocks, out, found, points, scores, *q.stride()[:3], *k.stride()[:3], M,
-            Hq, Hkv, Nq, M, start, BQ=max(16, rows), BK=triton.next_power_of_2(keep), **options, **search,
+            Hq, Hkv, Nq, M, start, BQ=max(16, rows), BK=next_power_of_2(keep), **options, **search,
         )  # fmt: skip
     return out
 

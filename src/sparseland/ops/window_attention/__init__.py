@@ -29,6 +29,7 @@ from sparseland.ops._dispatch import (
     on_cpu,
     why_no_triton,
 )
+from sparseland.ops._operator import operator
 from sparseland.ops.window_attention import reference, sdpa
 
 _HERE = "sparseland.ops.window_attention"
@@ -143,7 +144,7 @@ def window_attention(
     return out, lse
 
 
-@torch.library.custom_op("sparseland::window_attention", mutates_args=())
+@operator("sparseland::window_attention")
 def _window_attention(
     q: Tensor, k: Tensor, v: Tensor, sinks: int, window: int, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -159,7 +160,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("sparseland::window_attention_backward", mutates_args=())
+@operator("sparseland::window_attention_backward")
 def _window_attention_backward(
     d_out: Tensor,
     d_lse: Tensor,

@@ -13,6 +13,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from sparseland.patterns import cdiv, next_power_of_2
+
 _LOG2E = 1.4426950408889634
 
 
@@ -148,9 +150,9 @@ def window_attention(
     B, Hq, n_queries, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    BD = max(16, triton.next_power_of_2(D))
+    BD = max(16, next_power_of_2(D))
     BM, BN, warps, stages = _tile_sizes(BD, q.dtype)
-    _forward[(triton.cdiv(n_queries, BM), B * Hq)](
+    _forward[(cdiv(n_queries, BM), B * Hq)](
         q, k, v, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         Hq, k.shape[1], n_queries, k.shape[2], D, sinks, window, scale * _LOG2E,
