@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from sparseland import patterns
 from sparseland.ops.attend import attend
@@ -17,6 +18,7 @@ from sparseland.patterns import (
     cdiv,
     in_pieces,
     pairs_per_block,
+    per_shape,
     visible_blocks,
 )
 
@@ -155,3 +157,25 @@ def test_window_counts(n_queries, past, sinks, window):
     assert pattern.pairs().item() == pattern.mask().sum().item()
     if window >= pattern.n_keys:
         assert pattern.density().item() == 1.0
+
+
+def test_tensors_of_sizes_alone_are_made_once_and_can_be_trained_with() -> None:
+    made = []
+
+    @per_shape
+    def steps(n: int, device: torch.device) -> torch.Tensor:
+        made.append(n)
+        return torch.arange(n, device=device)
+
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        first = steps(3, cpu)
+    assert steps(3, cpu) is first
+    assert not first.is_inference()
+    assert steps(4, cpu).tolist() == [0, 1, 2, 3]
+    assert made == [3, 4]
+    with FakeTensorMode():
+        assert steps(3, cpu) is not first, "what a mode makes is not what it stands for"
+    compiled = torch.compile(lambda x: x + steps(3, x.device), backend="eager", fullgraph=True)
+    assert compiled(torch.ones(3)).tolist() == [1, 2, 3]
+    assert steps(3, cpu) is first

@@ -30,6 +30,7 @@ from sparseland.patterns import (
     cdiv,
     in_pieces,
     pairs_per_block,
+    per_shape,
     visible_blocks,
 )
 
@@ -62,21 +63,26 @@ class Sizes:
     @classmethod
     def of(cls, heads: Sequence[HeadShape], n_keys: int, device: torch.device) -> Sizes:
         """Sizes for ``n_keys`` tokens, with the floors that the method always applies."""
-        rows = []
-        for head in heads:
-            vertical, slash = min(head.vertical, n_keys), min(head.slash, n_keys)
-            if head.shape == "vertical-slash":
-                vertical, slash = min(n_keys, max(vertical, MIN_VERTICAL)), min(n_keys, max(slash, MIN_SLASH))
-            elif head.shape == "a-shape":
-                slash = max(slash, 1)  # a query sees itself
-            rows.append((vertical, slash, max(head.blocks, 1) if head.shape == "block-sparse" else 0))
-        fixed = [head.shape == "a-shape" for head in heads]
-        # One copy that does not wait for the device.
-        table = torch.tensor([*zip(*rows, strict=True), fixed]).to(device, non_blocking=True)
-        vertical, slash, blocks, is_fixed = table
-        most = [max(column) for column in zip(*rows, strict=True)]
-        dynamic = any(head.shape == "vertical-slash" for head in heads)
-        return cls(is_fixed.bool(), vertical, slash, blocks, most[0], most[1], most[2], dynamic, any(fixed))
+        return _sizes(tuple(heads), n_keys, device)
+
+
+@per_shape
+def _sizes(heads: tuple[HeadShape, ...], n_keys: int, device: torch.device) -> Sizes:
+    rows = []
+    for head in heads:
+        vertical, slash = min(head.vertical, n_keys), min(head.slash, n_keys)
+        if head.shape == "vertical-slash":
+            vertical, slash = min(n_keys, max(vertical, MIN_VERTICAL)), min(n_keys, max(slash, MIN_SLASH))
+        elif head.shape == "a-shape":
+            slash = max(slash, 1)  # a query sees itself
+        rows.append((vertical, slash, max(head.blocks, 1) if head.shape == "block-sparse" else 0))
+    fixed = [head.shape == "a-shape" for head in heads]
+    # One copy that does not wait for the device.
+    table = torch.tensor([*zip(*rows, strict=True), fixed]).to(device, non_blocking=True)
+    vertical, slash, blocks, is_fixed = table
+    most = [max(column) for column in zip(*rows, strict=True)]
+    dynamic = any(head.shape == "vertical-slash" for head in heads)
+    return Sizes(is_fixed.bool(), vertical, slash, blocks, most[0], most[1], most[2], dynamic, any(fixed))
 
 
 class LayerIndex:

@@ -30,6 +30,7 @@ from sparseland.patterns import (
     Pattern,
     WindowPattern,
     cdiv,
+    per_shape,
 )
 
 # Above any margin between finite logits of half-precision inputs: every key is a stripe.
@@ -112,6 +113,7 @@ class AnchorAttention(PrefillMethod):
         return BlockColumnPattern(n_queries, n_keys, blocks, trimmed(stripes))
 
 
+@per_shape
 def areas(
     n_queries: int, n_keys: int, block_size: int, step: int, device: torch.device | str = "cpu"
 ) -> BlockPattern:

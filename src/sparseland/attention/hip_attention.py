@@ -48,6 +48,7 @@ from sparseland.patterns import (
     PiecedPattern,
     WindowPattern,
     cdiv,
+    per_shape,
 )
 
 _ROLES: dict[str, frozenset[Role]] = {
@@ -171,18 +172,19 @@ class HipAttention(PrefillMethod, SelectMethod):
             return self._searched(x, 0)
         if cut >= n_queries:
             return WindowPattern.dense(n_queries, n_keys)
-        parts = {0: causal_blocks(cut, x.offset + cut, x.q), cut: self._searched(x, cut)}
+        parts = {
+            0: causal_blocks(cut, x.offset + cut, *x.q.shape[:2], x.q.device),
+            cut: self._searched(x, cut),
+        }
         return PiecedPattern(n_queries, n_keys, lambda start, stop: parts[start], (cut, n_queries))
 
     def _searched(self, x: AttentionInputs, start: int) -> BlockColumnPattern:
         """The pattern of the queries from ``start`` on, a multiple of ``block_q``."""
-        size, offset, q = self.block_q, x.offset + start, x.q[:, :, start:]
+        size, q = self.block_q, x.q[:, :, start:]
         n_queries, n_keys, sinks = q.shape[2], x.k.shape[2], cdiv(self.sinks, size)
-        first = torch.arange(cdiv(n_queries, size), device=q.device, dtype=torch.int32) * size + offset
-        local = (first - self.window + 1).clamp(min=0) // size
-        searched = (local - sinks).clamp(min=0) * (size // self.block_k)
+        begin, blocks, near = _near(n_queries, n_keys, size, sinks, self.window, q.device)
         counts, starts = tree_search(
-            q, x.k, torch.full_like(first, sinks * size)[None], searched[None],
+            q, x.k, begin, blocks * (size // self.block_k),
             block_q=size, block_k=self.block_k, keep=self.k // self.block_k, stride=self.query_stride,
             shared=self.group == "shared",
         )  # fmt: skip
@@ -191,16 +193,7 @@ class HipAttention(PrefillMethod, SelectMethod):
         if self.group == "shared":
             counts, indices = (t.repeat_interleave(x.group, 1) for t in (counts, indices))
         columns = ColumnPattern(n_queries, n_keys, size, counts, indices)
-
-        # Blocks of sinks and window, one list for all heads and rows of the batch.
-        last = (first + size - 1).clamp(max=n_keys - 1) // size
-        leading = local.clamp(max=sinks)
-        window = cdiv(self.window + size - 1, size) + 1
-        longest = min(cdiv(n_keys, size), sinks + window)
-        place = torch.arange(longest, dtype=torch.int32, device=first.device)
-        blocks = torch.where(place < leading[:, None], place, place + (local - leading)[:, None])
-        lists = (leading + last - local + 1)[None, None], blocks[None, None]
-        return BlockColumnPattern(n_queries, n_keys, BlockPattern(n_queries, n_keys, size, *lists), columns)
+        return BlockColumnPattern(n_queries, n_keys, near, columns)
 
     def _dense_queries(self, n_keys: int) -> int:
         """The recipe's number, or the given one."""
@@ -261,13 +254,39 @@ class HipAttention(PrefillMethod, SelectMethod):
         state.near_from, state.length_then = near_from, n
 
 
-def causal_blocks(n_queries: int, n_keys: int, q: Float[Tensor, "B H Nq D"]) -> BlockPattern:
+@per_shape
+def _near(
+    n_queries: int, n_keys: int, size: int, sinks: int, window: int, device: torch.device
+) -> tuple[Int[Tensor, "1 Mq"], Int[Tensor, "1 Mq"], BlockPattern]:
+    """What every head and row of a batch has in common, for each block of ``size`` queries.
+
+    Returns:
+        The first key that is searched, how many blocks of ``size`` keys are, and lists of ``sinks`` blocks
+        and those of the window.
+    """
+    first = torch.arange(cdiv(n_queries, size), device=device, dtype=torch.int32) * size + (
+        n_keys - n_queries
+    )
+    local = (first - window + 1).clamp(min=0) // size
+    last = (first + size - 1).clamp(max=n_keys - 1) // size
+    leading = local.clamp(max=sinks)
+    longest = min(cdiv(n_keys, size), sinks + cdiv(window + size - 1, size) + 1)
+    place = torch.arange(longest, dtype=torch.int32, device=device)
+    blocks = torch.where(place < leading[:, None], place, place + (local - leading)[:, None])
+    lists = (leading + last - local + 1)[None, None], blocks[None, None]
+    begin = torch.full_like(first, sinks * size)[None]
+    searched = (local - sinks).clamp(min=0)[None]
+    return begin, searched, BlockPattern(n_queries, n_keys, size, *lists)
+
+
+@per_shape
+def causal_blocks(n_queries: int, n_keys: int, batch: int, heads: int, device: torch.device) -> BlockPattern:
     """All causal pairs, as lists of 128 keys."""
     size = 128
-    end = (torch.arange(cdiv(n_queries, size), device=q.device, dtype=torch.int32) + 1) * size
+    end = (torch.arange(cdiv(n_queries, size), device=device, dtype=torch.int32) + 1) * size
     counts = (end.clamp(max=n_queries) + (n_keys - n_queries - 1)) // size + 1
-    place = torch.arange(cdiv(n_keys, size), device=q.device, dtype=torch.int32)
-    lists = counts.expand(*q.shape[:2], -1), place.expand(*q.shape[:2], len(counts), -1)
+    place = torch.arange(cdiv(n_keys, size), device=device, dtype=torch.int32)
+    lists = counts.expand(batch, heads, -1), place.expand(batch, heads, len(counts), -1)
     return BlockPattern(n_queries, n_keys, size, *lists)
 
 

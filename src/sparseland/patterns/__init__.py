@@ -18,6 +18,7 @@ from sparseland.patterns.blocks import BlockColumnPattern, BlockPattern, ColumnP
 from sparseland.patterns.intervals import BlockLocalPattern, IntervalPattern
 from sparseland.patterns.parts import Part, PartsPattern, PiecedPattern, in_pieces
 from sparseland.patterns.permuted import PermutedPattern
+from sparseland.patterns.shapes import per_shape
 from sparseland.patterns.tokens import TokenBlockPattern, token_words, word_lists
 from sparseland.patterns.window import WindowPattern
 
@@ -40,6 +41,7 @@ __all__ = [
     "next_power_of_2",
     "pairs_from",
     "pairs_per_block",
+    "per_shape",
     "token_words",
     "unexpanded",
     "visible_blocks",

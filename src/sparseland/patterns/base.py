@@ -62,7 +62,8 @@ class Pattern:
 def unexpanded(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors with batch and head dimensions of 1 where all of them only repeat one entry (stride 0)."""
     for dim in (0, 1):
-        if all(t.shape[dim] == 1 or t.stride(dim) == 0 for t in tensors):
+        longer = [t for t in tensors if t.shape[dim] != 1]
+        if longer and all(t.stride(dim) == 0 for t in longer):
             tensors = tuple(t.narrow(dim, 0, min(1, t.shape[dim])) for t in tensors)
     return tensors
 

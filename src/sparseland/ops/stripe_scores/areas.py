@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sparseland.patterns import cdiv
+from sparseland.patterns import cdiv, per_shape
 
 # Thresholds that are tried where a group's stripes don't fit into their list: theta, and LEVELS - 1 below.
 LEVELS = 8
@@ -17,6 +17,7 @@ def n_groups(n_queries: int, block_size: int, step: int) -> int:
     return cdiv(n_queries, block_size * step)
 
 
+@per_shape
 def local_starts(
     n_queries: int, n_keys: int, block_size: int, step: int, device: torch.device | str = "cpu"
 ) -> Int[Tensor, " G"]:
@@ -35,6 +36,7 @@ def local_start(group: int, n_queries: int, n_keys: int, block_size: int, step: 
     return max(0, first_block - 1) * block_size
 
 
+@per_shape
 def thresholds(theta: float, device: torch.device | str = "cpu") -> Float[Tensor, " L"]:
     """``theta`` and the smaller ones, evenly down to an eighth of it (in steps of 1 nat at least)."""
     level = torch.arange(LEVELS, device=device, dtype=torch.float32)
