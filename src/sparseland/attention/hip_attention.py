@@ -172,10 +172,9 @@ class HipAttention(PrefillMethod, SelectMethod):
             return self._searched(x, 0)
         if cut >= n_queries:
             return WindowPattern.dense(n_queries, n_keys)
-        parts = {
-            0: causal_blocks(cut, x.offset + cut, *x.q.shape[:2], x.q.device),
-            cut: self._searched(x, cut),
-        }
+        batch, heads = x.q.shape[:2]
+        early = causal_blocks(cut, x.offset + cut, batch, heads, x.q.device)
+        parts: dict[int, Pattern] = {0: early, cut: self._searched(x, cut)}
         return PiecedPattern(n_queries, n_keys, lambda start, stop: parts[start], (cut, n_queries))
 
     def _searched(self, x: AttentionInputs, start: int) -> BlockColumnPattern:
