@@ -263,9 +263,8 @@ def _near(
         The first key that is searched, how many blocks of ``size`` keys are, and lists of ``sinks`` blocks
         and those of the window.
     """
-    first = torch.arange(cdiv(n_queries, size), device=device, dtype=torch.int32) * size + (
-        n_keys - n_queries
-    )
+    row = torch.arange(cdiv(n_queries, size), device=device, dtype=torch.int32)
+    first = row * size + n_keys - n_queries
     local = (first - window + 1).clamp(min=0) // size
     last = (first + size - 1).clamp(max=n_keys - 1) // size
     leading = local.clamp(max=sinks)

@@ -19,22 +19,22 @@ def per_shape(make: Callable[P, R]) -> Callable[P, R]:
     Nobody may write to the result. While a graph is made nothing is remembered: a graph's tensors live as
     long as it does.
     """
-    remembered = lru_cache(maxsize=_KEPT)(make)
+
+    @lru_cache(maxsize=_KEPT)
+    def remembered(stream: int, *args: P.args, **kwargs: P.kwargs) -> R:
+        # Tensors made in inference mode could not be saved for a gradient later.
+        with torch.inference_mode(False):
+            return make(*args, **kwargs)
 
     @wraps(make)
     def ask(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling() or _recorded():
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return make(*args, **kwargs)
-        # Tensors made in inference mode could not be saved for a gradient later.
-        with torch.inference_mode(False):
-            return remembered(*args, **kwargs)  # type: ignore[arg-type]
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return remembered(0, *args, **kwargs)  # type: ignore[arg-type]
+        if torch.cuda.is_current_stream_capturing():
+            return make(*args, **kwargs)
+        # Another stream would not wait until the tensors are there.
+        return remembered(torch.cuda.current_stream().cuda_stream, *args, **kwargs)  # type: ignore[arg-type]
 
     return ask
-
-
-def _recorded() -> bool:
-    """Whether operators are recorded or replaced instead of computed now."""
-    if torch._C._len_torch_dispatch_stack():
-        return True
-    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return started and torch.cuda.is_current_stream_capturing()
