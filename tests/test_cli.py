@@ -73,6 +73,8 @@ def refuse(capsys, *arguments: str, code: int = 2) -> str:
         ("frontier --tolerance much", ["--tolerance 'much'", "a number"]),
         ("frontier --tolerance nan", ["--tolerance 'nan'", "a number"]),
         ("frontier --rope-scale big", ["--rope-scale 'big'", "a number"]),
+        ("frontier --gpu --device cpu", ["--gpu", "--device cpu", "exclude each other"]),
+        ("generate --rope-scale fit", ["--rope-scale 'fit'", "a number"]),
         ("frontier --seed 1.5", ["--seed '1.5'", "a whole number >= 0"]),
         ("frontier --seed", ["--seed", "requires an argument"]),
         ("frontier a b", ["unexpected extra argument"]),
@@ -475,6 +477,21 @@ def test_frontier_json_is_one_object_and_nothing_else(capsys, frontier, tmp_path
     assert answer == {"choice": CHOICE, "rows": [ROW | {"kl": None}], "out": str(tmp_path)}
     assert frontier.seen[0].lengths == [2048, 4096]
     assert frontier.seen[0].methods == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lengths", "device", "rope_scale"),
+    [
+        ("--gpu", [8192, 32768], "cuda", "fit"),
+        ("--gpu --lengths 4096 --device cuda:1 --rope-scale 2", [4096], "cuda:1", 2.0),
+        ("--rope-scale fit --lengths 16384", [16384], None, "fit"),
+        ("", [2048, 4096], None, None),
+    ],
+)
+def test_gpu_scale_is_longer_prompts_on_cuda(frontier, tmp_path, arguments, lengths, device, rope_scale):
+    assert main(["frontier", *arguments.split(), "--out", str(tmp_path)]) == 0
+    (options,) = frontier.seen
+    assert (options.lengths, options.device, options.rope_scale) == (lengths, device, rope_scale)
 
 
 def test_ctrl_c_in_frontier_says_where_the_results_are(capsys, frontier, tmp_path):

@@ -211,7 +211,13 @@ def test_what_was_left_out_is_said_until_another_run_has_chosen(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "limit"),
-    [({}, 14), ({"minutes": 5.0}, 5), ({"minutes": 0.0}, math.inf), ({"lengths": [512]}, math.inf)],
+    [
+        ({}, 14),
+        ({"minutes": 5.0}, 5),
+        ({"minutes": 0.0}, math.inf),
+        ({"lengths": [512]}, math.inf),
+        ({"lengths": [8192, 32768]}, 14),
+    ],
 )
 def test_only_the_default_run_has_a_limit_of_its_own(given, limit):
     assert time_limit(frontier.FrontierOptions(**given)) == limit

@@ -301,6 +301,12 @@ def test_the_advised_scale_is_enough(whole_folder):
     assert model.config.max_position_embeddings == 4096
 
 
+def test_a_stretch_that_fits_is_what_the_length_needs(whole_folder):
+    for length, context in ((1024, 1024), (1500, 1536), (4096, 4096)):
+        model = load_model(str(whole_folder), length=length, rope_scale="fit").model
+        assert model.config.max_position_embeddings == context
+
+
 def test_stretching_is_yarn(whole_folder):
     """Fast rotations stay, slow ones are divided by the factor, and attention is sharpened (Peng et al.)."""
     plain = load_model(str(whole_folder), dtype="float32", device="cpu").model

@@ -148,7 +148,13 @@ def find_frontier(
     methods: Annotated[
         str, typer.Option(help="Specs such as minference,flexprefill:gamma=0.9 (default: every method).")
     ] = "",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "2048,4096",
+    lengths: Annotated[
+        str | None, typer.Option(help="Prompt lengths in tokens (default: 2048,4096; with --gpu 8192,32768).")
+    ] = None,
+    gpu: Annotated[
+        bool,
+        typer.Option("--gpu", help="GPU scale: longer prompts on CUDA, positions stretched as they need it."),
+    ] = False,
     tolerance: Annotated[
         str, typer.Option(metavar="SHARE", help="Allowed increase of the loss over dense; 0.01 is 1 %.")
     ] = "0.01",
@@ -163,7 +169,14 @@ def find_frontier(
             "model, methods and lengths, else no limit).",
         ),
     ] = None,
-    rope_scale: RopeScale = None,
+    rope_scale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FACTOR",
+            help="Stretch the positions by this factor, for lengths beyond the context; fit: as far as the "
+            "longest prompt needs (default with --gpu).",
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = None,
     seed: Annotated[str, typer.Option(metavar="NUMBER", help="Seed of the tasks.")] = "0",
@@ -175,15 +188,18 @@ def find_frontier(
     results. The same command again continues an interrupted run, and with more --minutes one whose time was
     over.
     """
-    from sparseland.cli.frontier import run_frontier
+    from sparseland.cli.frontier import gpu_defaults, parse_lengths, parse_stretch, run_frontier
 
+    if gpu:
+        lengths, device, rope_scale = gpu_defaults(lengths, device, rope_scale)
     options = {
         "model": model, "text": text, "tolerance": real("--tolerance", tolerance), "out": out,
-        "rope_scale": None if rope_scale is None else real("--rope-scale", rope_scale),
+        "lengths": parse_lengths("2048,4096" if lengths is None else lengths),
+        "rope_scale": parse_stretch(rope_scale),
         "minutes": None if minutes is None else real("--minutes", minutes),
         "dtype": dtype, "device": device, "seed": whole("--seed", seed), "command": _command(context),
     }  # fmt: skip
-    run_frontier(options, methods, lengths, as_json)
+    run_frontier(options, methods, as_json)
 
 
 @app.command("generate")

@@ -6,11 +6,11 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.text import Text
 
-from sparseland.cli import Interrupted
+from sparseland.cli import Interrupted, real
 from sparseland.cli.output import PLAIN_WIDTH, console, emit, print_json
 from sparseland.cli.progress import progress
 from sparseland.errors import SparselandError
@@ -23,13 +23,12 @@ from sparseland.report.words import verdict
 FILES = ("recipe.json", "report.html", "results.jsonl")
 
 
-def run_frontier(options: dict[str, Any], methods: str, lengths: str, as_json: bool) -> None:
+def run_frontier(options: dict[str, Any], methods: str, as_json: bool) -> None:
     """Check what can be checked without the model, run, and print.
 
     Args:
-        options: fields of ``FrontierOptions`` that need no parsing.
+        options: fields of ``FrontierOptions`` but the methods.
         methods: comma-separated specs; "" means all.
-        lengths: comma-separated token counts.
         as_json: print one JSON object and nothing else on stdout.
 
     Raises:
@@ -39,13 +38,12 @@ def run_frontier(options: dict[str, Any], methods: str, lengths: str, as_json: b
     specs = split_specs(methods)
     for spec in specs:
         parse_spec(spec)
-    parsed = parse_lengths(lengths)
     out = Path(options["out"])
     check_folder(out)
 
     from sparseland import frontier
 
-    request = frontier.FrontierOptions(**options, methods=specs, lengths=parsed)
+    request = frontier.FrontierOptions(**options, methods=specs)
     try:
         with contextlib.redirect_stdout(sys.stderr), progress() as update:
             result = frontier.run(request, update)
@@ -55,6 +53,28 @@ def run_frontier(options: dict[str, Any], methods: str, lengths: str, as_json: b
         print_json({"choice": result.choice, "rows": result.rows, "out": str(result.out)})
     else:
         _print(result)
+
+
+def gpu_defaults(lengths: str | None, device: str | None, rope_scale: str | None) -> tuple[str, str, str]:
+    """What ``--gpu`` means where these options say nothing else.
+
+    Raises:
+        SparselandError: another kind of device was asked for.
+    """
+    if device is not None and not device.startswith("cuda"):
+        raise SparselandError(f"--gpu and --device {device} exclude each other")
+    return lengths or "8192,32768", device or "cuda", rope_scale or "fit"
+
+
+def parse_stretch(text: str | None) -> float | Literal["fit"] | None:
+    """The factor of ``--rope-scale``, or "fit".
+
+    Raises:
+        SparselandError: neither.
+    """
+    if text is None or text == "fit":
+        return text  # type: ignore[return-value]
+    return real("--rope-scale", text)
 
 
 def parse_lengths(text: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from sparseland.errors import SparselandError
 from sparseland.method import Method, method_class, method_slugs, parse_spec
@@ -14,7 +15,8 @@ from sparseland.method import Method, method_class, method_slugs, parse_spec
 DEFAULT_SETTINGS = 2
 SLOW_SETTINGS = 1
 DEFAULT_LENGTHS = (2048, 4096)
-# Minutes of measuring in the default run.
+GPU_LENGTHS = (8192, 32_768)
+# Minutes of measuring in the default run, on either scale.
 DEFAULT_MINUTES = 14.0
 
 
@@ -31,9 +33,10 @@ class FrontierOptions:
         out: folder for recipe.json, results.jsonl, report.html.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         device: torch device; None = CUDA if there is one.
-        rope_scale: YaRN factor for lengths beyond the model's own context.
+        rope_scale: YaRN factor for lengths beyond the model's own context; "fit": what the longest needs.
         minutes: after about so many, what is left to measure is left out, and named; a rerun with more goes
-            on from there. 0: no limit. None: 14 where model, methods and lengths are the defaults, else 0.
+            on from there. 0: no limit. None: 14 where model, methods and lengths are the defaults (of a CPU
+            or of ``--gpu``), else 0.
         seed: for the tasks.
         command: shown in the report.
     """
@@ -46,7 +49,7 @@ class FrontierOptions:
     out: Path = Path("frontier")
     dtype: str = "auto"
     device: str | None = None
-    rope_scale: float | None = None
+    rope_scale: float | Literal["fit"] | None = None
     minutes: float | None = None
     seed: int = 0
     command: str = "sparseland frontier"
@@ -64,8 +67,8 @@ def check(options: FrontierOptions) -> None:
 def time_limit(options: FrontierOptions) -> float:
     """Minutes that measuring may take."""
     if options.minutes is None:
-        default = not options.model and not options.methods and sorted(options.lengths) == [*DEFAULT_LENGTHS]
-        return DEFAULT_MINUTES if default else math.inf
+        lengths = tuple(sorted(options.lengths)) in (DEFAULT_LENGTHS, GPU_LENGTHS)
+        return DEFAULT_MINUTES if lengths and not options.model and not options.methods else math.inf
     return options.minutes or math.inf
 
 

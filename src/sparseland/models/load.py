@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -27,7 +27,7 @@ def load_model(
     name: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
-    rope_scale: float | None = None,
+    rope_scale: float | Literal["fit"] | None = None,
     length: int | None = None,
 ) -> LoadedModel:
     """A decoder in eval mode with its tokenizer, from safetensors only; a model's own code is never run.
@@ -37,7 +37,8 @@ def load_model(
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: bfloat16 where the device multiplies
             matrices in it natively (CUDA; CPUs with AVX512-BF16 or AMX), else float32.
         device: torch device; None = CUDA if there is one, else the CPU.
-        rope_scale: stretch the model's context by this factor with YaRN (Peng et al., 2023).
+        rope_scale: stretch the model's context by this factor with YaRN (Peng et al., 2023); ``fit``: as far
+            as ``length`` needs.
         length: the longest prompt in tokens that will be used.
 
     Raises:
@@ -218,21 +219,29 @@ def _check_eager(model: Any, name: str) -> None:
         raise SparselandError(f"model {name!r} can't be made sparse: {cause}") from cause
 
 
-def _fit_length(config: Any, name: str, rope_scale: float | None, length: int | None) -> None:
+def _fit_length(
+    config: Any, name: str, rope_scale: float | Literal["fit"] | None, length: int | None
+) -> None:
     """Refuse lengths beyond the context, or stretch it with YaRN."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
+    if rope_scale == "fit":
+        rope_scale = _needed(length, limit) if length and limit and length > limit else None
     if rope_scale is not None:
         limit = _stretch(text, name, rope_scale)
     if length is None or limit is None or length <= limit:
         return
     own = limit if rope_scale is None else limit / rope_scale
-    needed = math.ceil(10 * length / own) / 10
     given = "" if rope_scale is None else f" with --rope-scale {rope_scale:g}"
     raise SparselandError(
         f"length={length} is beyond the context of {name}, {limit} tokens{given}; "
-        f"give --rope-scale {needed:g} to stretch it (quality may fall)"
+        f"give --rope-scale {_needed(length, own):g} to stretch it (quality may fall)"
     )
+
+
+def _needed(length: int, context: float) -> float:
+    """The factor that makes room for ``length`` tokens, to one decimal."""
+    return math.ceil(10 * length / context) / 10
 
 
 def _stretch(text: Any, name: str, factor: float) -> int:
