@@ -74,6 +74,8 @@ def refuse(capsys, *arguments: str, code: int = 2) -> str:
         ("frontier --tolerance nan", ["--tolerance 'nan'", "a number"]),
         ("frontier --rope-scale big", ["--rope-scale 'big'", "a number"]),
         ("frontier --gpu --device cpu", ["--gpu", "--device cpu", "exclude each other"]),
+        ("frontier --gpu --lengths=", ["'' is not allowed"]),
+        ("frontier --gpu --rope-scale=", ["--rope-scale ''", "a number"]),
         ("generate --rope-scale fit", ["--rope-scale 'fit'", "a number"]),
         ("frontier --seed 1.5", ["--seed '1.5'", "a whole number >= 0"]),
         ("frontier --seed", ["--seed", "requires an argument"]),

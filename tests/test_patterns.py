@@ -179,3 +179,17 @@ def test_tensors_of_sizes_alone_are_made_once_and_can_be_trained_with() -> None:
     compiled = torch.compile(lambda x: x + steps(3, x.device), backend="eager", fullgraph=True)
     assert compiled(torch.ones(3)).tolist() == [1, 2, 3]
     assert steps(3, cpu) is first
+
+
+def test_what_every_layer_of_a_deep_model_asks_for_is_kept() -> None:
+    made = []
+
+    @per_shape
+    def own(layer: int) -> int:
+        made.append(layer)
+        return layer
+
+    for _ in range(2):
+        for layer in range(126):
+            own(layer)
+    assert made == list(range(126))

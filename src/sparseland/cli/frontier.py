@@ -63,7 +63,11 @@ def gpu_defaults(lengths: str | None, device: str | None, rope_scale: str | None
     """
     if device is not None and not device.startswith("cuda"):
         raise SparselandError(f"--gpu and --device {device} exclude each other")
-    return lengths or "8192,32768", device or "cuda", rope_scale or "fit"
+    return (
+        "8192,32768" if lengths is None else lengths,
+        "cuda" if device is None else device,
+        "fit" if rope_scale is None else rope_scale,
+    )
 
 
 def parse_stretch(text: str | None) -> float | Literal["fit"] | None:

@@ -1,9 +1,9 @@
 """Operators that ``torch.compile``, autograd and CUDA graphs see whole, and that cost eager code nothing.
 
 A call of an operator registered with ``torch.library`` goes through PyTorch's dispatcher and back to Python
-several times: 0.1 ms on the host of an H200, as long as four kernel launches, and a selection is a dozen
-calls. So it goes that way only where somebody looks on: where a graph is traced, a gradient is wanted, or a
-mode or a transform is active.
+several times, which takes longer than to launch a kernel, and a selection is a dozen calls. So it goes that
+way only where somebody looks on: where a graph is traced, a gradient is wanted, or a mode or a transform is
+active.
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n``, which is 1 or more.
 
-    Triton's functions for this and :func:`cdiv` can be called in kernels, too; from Python each call takes
-    5 microseconds.
+    Triton's functions for this and :func:`cdiv` can be called in kernels, too, and take longer from Python.
     """
     return 1 << (n - 1).bit_length()
 

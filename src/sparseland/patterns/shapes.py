@@ -10,11 +10,12 @@ import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_KEPT = 16  # shapes; a model asks for a few
+# Sizes can differ by layer, and fewer than a model has layers would be forgotten before they come again.
+_KEPT = 256
 
 
 def per_shape(make: Callable[P, R]) -> Callable[P, R]:
-    """Remembers what ``make`` returned for the last few arguments (numbers and a device, no tensor).
+    """Remembers what ``make`` returned for its last arguments (numbers and a device, no tensor).
 
     Nobody may write to the result. While a graph is made nothing is remembered: a graph's tensors live as
     long as it does.

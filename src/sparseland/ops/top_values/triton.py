@@ -112,6 +112,15 @@ def _interval(sums, goal, i_row, n_rows, PASSES: tl.constexpr):
     return low, high
 
 
+@triton.jit
+def _part(x, start, n, BN: tl.constexpr):
+    """Positive finite numbers, 0 for all others, and how many of these are not finite."""
+    i_x = start + tl.arange(0, BN)
+    b_x = tl.load(x + i_x, mask=i_x < n, other=0.0)
+    b_finite = b_x < 1e37  # false for NaN too
+    return tl.where((b_x > 0.0) & b_finite, b_x, 0.0), (b_finite == 0).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _sum_above(
     x, active, sums, goal, n, n_rows, PASS: tl.constexpr, HAS_ACTIVE: tl.constexpr, BN: tl.constexpr
@@ -126,9 +135,7 @@ def _sum_above(
             return
     i_t = tl.arange(0, 16)
     low, high = _interval(sums, goal, i_row, n_rows, PASS)
-    i_x = tl.program_id(1) * BN + tl.arange(0, BN)
-    b_x = tl.load(x + i_row.to(tl.int64) * n + i_x, mask=i_x < n, other=0.0)
-    b_x = tl.where((b_x > 0.0) & (b_x < 1e37), b_x, 0.0)  # false for NaN too
+    b_x, _ = _part(x + i_row.to(tl.int64) * n, tl.program_id(1) * BN, n, BN)
     if tl.max(b_x, 0) == 0.0:
         return
     key = b_x.to(tl.int32, bitcast=True)
@@ -159,11 +166,8 @@ def _around(
     b_ties = tl.zeros([BN], tl.int32)
     b_odd = tl.zeros([BN], tl.int32)
     for start in range(begin, tl.minimum(begin + per_program, n), BN):
-        i_x = start + tl.arange(0, BN)
-        b_x = tl.load(x + i_x, mask=i_x < n, other=0.0)
-        b_finite = b_x < 1e37
-        b_odd += (b_finite == 0).to(tl.int32)
-        b_x = tl.where((b_x > 0.0) & b_finite, b_x, 0.0)
+        b_x, b_strange = _part(x, start, n, BN)
+        b_odd += b_strange
         key = b_x.to(tl.int32, bitcast=True)
         b_above += tl.where(key > low, b_x, 0.0)
         b_all += b_x
@@ -196,15 +200,6 @@ def _cross(goal, active, sums, found, value, taken, n, n_rows, HAS_ACTIVE: tl.co
     needed = tl.maximum(tl.minimum(needed, ties), 1)
     tl.store(value + i_row, tl.where(never, 0.0, last))
     tl.store(taken + i_row, tl.where(never, tl.zeros([], tl.int64) + n + 1, larger + needed))
-
-
-@triton.jit
-def _part(x, start, n, BN: tl.constexpr):
-    """Positive finite numbers, 0 for all others, and how many of these are not finite."""
-    i_x = start + tl.arange(0, BN)
-    b_x = tl.load(x + i_x, mask=i_x < n, other=0.0)
-    b_finite = b_x < 1e37  # false for NaN too
-    return tl.where((b_x > 0.0) & b_finite, b_x, 0.0), (b_finite == 0).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=("goal",))
